@@ -126,6 +126,7 @@ def pretrain(
     overrides: Mapping[str, Any] | None = None,
     *,
     resume: bool = False,
+    branch_from: str | None = None,
     **tables: Any,
 ) -> RunResult:
     """Train a model from a dataset, as a recipe says.
@@ -161,12 +162,13 @@ def pretrain(
             f"overrides = {overrides!r}; must be a dict, such as {{'stop.steps': 100}}"
         )
     _check_type("resume", resume, bool)
+    _check_type("branch_from", branch_from, str | None)
     if not _ONE_RUN.acquire(blocking=False):
         raise InputError("another run is going on in this process; start a process for each run")
     hook = sys.excepthook
     try:
         with _in_python():
-            return _pretrain(recipe, overrides or {}, resume, tables)
+            return _pretrain(recipe, overrides or {}, resume, branch_from, tables)
     finally:
         sys.excepthook = hook  # which torch.distributed replaces
         _ONE_RUN.release()
@@ -176,18 +178,19 @@ def _pretrain(
     recipe: str | Path | Mapping[str, Any],
     overrides: Mapping[str, Any],
     resume: bool,
+    branch_from: str | None,
     tables: Mapping[str, Any],
 ) -> RunResult:
     # Before torch is imported: a broken connection would print a page of C++ frames.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     keep_heap()
     from fastbert.cluster.signals import StopRequest
-    from fastbert.config import load_config
+    from fastbert.recipe import load_config
 
     if twice := sorted(_keys(overrides) & _keys(tables)):
         raise InputError(f"overrides: {twice[0]} is given twice; remove one")
     with StopRequest() as stop_request:  # from here on a signal means: stop after this step
-        config = load_config(recipe, {**overrides, **tables})
+        config = load_config(recipe, {**overrides, **tables}, branch_from)
         import torch
 
         from fastbert.torch_defaults import torch_defaults

@@ -376,13 +376,20 @@ def pretrain(
     resume: Annotated[
         bool, typer.Option("--resume", help="Resume from the newest valid checkpoint of the run.")
     ] = False,
+    branch_from: Annotated[
+        str | None,
+        typer.Option(
+            metavar="RUN@STEP",
+            help="Begin a new run at a checkpoint of another one, with its weights and moments.",
+        ),
+    ] = None,
 ) -> int:
     """Train a model from a dataset. Exit code 75: interrupted, a checkpoint is saved."""
     from fastbert.cluster.signals import StopRequest
-    from fastbert.config import load_config
+    from fastbert.recipe import load_config
 
     with StopRequest() as stop_request:  # from here on a signal means: stop after this step
-        config = load_config(recipe, overrides or ())
+        config = load_config(recipe, overrides or (), branch_from)
         from fastbert.training.loop import pretrain  # this takes seconds
 
         return pretrain(config, recipe, resume, stop_request).exit_code
@@ -401,7 +408,7 @@ def recipes(
     ] = None,
 ) -> None:
     """List the recipes that come with fastbert, or print or copy one of them."""
-    from fastbert.config import DEEPSPEED, PACKAGED, packaged_recipes
+    from fastbert.recipe import DEEPSPEED, PACKAGED, packaged_recipes
 
     files = {path.stem: path for path in (PACKAGED / f"{n}.toml" for n in packaged_recipes())}
     if name is None:
@@ -885,8 +892,8 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Estimate memory, step time, communication, duration and cost of a run from formulas."""
-    from fastbert.config import load_config
     from fastbert.planning.plan import CPU, describe, plan, this_machine
+    from fastbert.recipe import load_config
 
     config, on_cpu = load_config(recipe, overrides or ()), gpu.lower() == CPU
     if config.init is not None:

@@ -1,42 +1,14 @@
-"""A run's settings as a frozen `RunConfig`, read from a recipe and overrides, and checked.
+"""A run's settings as a frozen `RunConfig`; recipe.py reads it from a file.
 
-A recipe is a TOML file, the name of a recipe that is packaged with fastbert, or a dict of its
-tables. Overrides win over it. This module imports only the standard library, so that
-`fastbert --help` and the message on a wrong recipe appear at once.
+This module imports only the standard library, so that `fastbert --help` appears at once.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import difflib
 import math
-import numbers
-import os
-import sys
-import types
-import typing
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, ClassVar, cast
-
-from fastbert.errors import InputError
-from fastbert.regular_file import read_text
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
-
-PATHS = ("data", "run", "init", "runtime.deepspeed")  # keys that may begin with ~
-PACKAGED = Path(__file__).parent / "recipes"  # the recipes that fastbert brings along
-DEEPSPEED = PACKAGED / "ds_config.json"  # DeepSpeed's settings where a recipe names no file
-COMMAND_LINE = "command line"  # in messages: where a value came from
-OVERRIDES = "overrides"
-LONGEST_VALUE = 80  # characters of a wrong value that a message shows
-# What the parser raises, also for a number of 5,000 digits and for deeply nested brackets.
-NOT_TOML = (ValueError, RecursionError)
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
 
 PRESETS: dict[str, dict[str, int]] = {
     # Turc et al., 2019, "Well-Read Students Learn Better", table 1.
@@ -290,17 +262,23 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True)
-class ScheduleConfig:
+class RateConfig:
+    """The learning rate from the beginning to the end of a period; shares are of the period."""
+
+    warmup: float = number(0.1, 0, 1)
+    decay: str = choice("linear", "linear", "constant", "cosine", "wsd")
+    # The last share of the period, in which the rate falls to zero; for decay = "wsd" only.
+    cooldown: float = number(0.25, 0, 1)
+    cooldown_shape: str = choice("linear", "linear", "1-sqrt")
+
+
+@dataclass(frozen=True)
+class ScheduleConfig(RateConfig):
     """The learning rate over the run. Shares are of its horizon, which `over` chooses.
 
     The horizon is `stop.steps` (or `stop.epochs`), `stop.tokens` or `stop.seconds`.
     """
 
-    warmup: float = number(0.1, 0, 1)
-    decay: str = choice("linear", "linear", "constant", "cosine", "wsd")
-    # The last share of the run, in which the rate falls to zero; for decay = "wsd" only.
-    cooldown: float = number(0.25, 0, 1)
-    cooldown_shape: str = choice("linear", "linear", "1-sqrt")
     over: str = choice("steps", "steps", "tokens", "seconds")
 
 
@@ -351,14 +329,71 @@ class RuntimeConfig:
 
 
 @dataclass(frozen=True)
+class SourceConfig:
+    """One dataset of a mixture."""
+
+    path: str
+    weight: float | None = number(None, 0)  # its share of the examples is weight / sum of weights
+    epochs: float | None = number(None, 0, above=True)  # the run may not use it more often
+
+
+# "size^0.7": proportional to this power of the tokens of each source; or a number for each source.
+Weights = str | tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class PhaseObjectiveConfig:
+    mask_rate: float | None = number(None, 0, 1, above=True)
+
+
+@dataclass(frozen=True)
+class PhaseBatchConfig:
+    max_length: int | None = number(None, 8, 2**18 - 1, unit="tokens, including [CLS] and [SEP]")
+    sequences: int | None = number(None, 1)
+    # While these tokens are trained on, the size grows from that of the phase before.
+    warmup_tokens: int | None = number(None, 1)
+
+
+@dataclass(frozen=True)
+class PhaseScheduleConfig(RateConfig):
+    """The learning rate over the phase. Nothing is taken from the recipe's [schedule]."""
+
+    warmup: float = number(0.0, 0, 1)
+
+
+@dataclass(frozen=True)
+class PhaseConfig:
+    """A part of the run, up to its end, and what is different in it.
+
+    A phase begins where the one before it ends. What it does not set is as in the rest of the
+    recipe, which also holds after the end of the last phase.
+    """
+
+    steps: int | None = number(None, 1)
+    tokens: int | None = number(None, 1)
+    weights: Weights | None = None
+    objective: PhaseObjectiveConfig = PhaseObjectiveConfig()
+    batch: PhaseBatchConfig = PhaseBatchConfig()
+    schedule: PhaseScheduleConfig | None = None
+
+    @property
+    def has_end(self) -> bool:
+        return bool(self.steps or self.tokens)
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """All settings of a run. Relative paths start at the working directory."""
 
-    data: str
+    data: str | tuple[SourceConfig, ...]
+    weights: Weights | None = None
     run: str = "runs/bert"
     seed: int = number(1, 0, 2**63 - 1)
     # A run, a checkpoint or a Hugging Face folder to start from. The model's sizes come from it.
     init: str | None = None
+    # RUN@STEP: a checkpoint of another run, whose weights, moments, counters and position in the
+    # data this run begins with.
+    branch_from: str | None = None
     model: ModelConfig = BertConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
     batch: BatchConfig = BatchConfig()
@@ -369,457 +404,63 @@ class RunConfig:
     evaluate: EvaluateConfig = EvaluateConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     runtime: RuntimeConfig = RuntimeConfig()
+    phase: tuple[PhaseConfig, ...] = ()
     # No setting: the keys of [model] that a recipe, its preset or an override gives.
     given: frozenset[str] = field(default=frozenset(), compare=False, repr=False)
+
+    @property
+    def sources(self) -> tuple[SourceConfig, ...]:
+        """The datasets: one, or those of a mixture."""
+        return (SourceConfig(self.data),) if isinstance(self.data, str) else self.data
+
+    @property
+    def shown_data(self) -> str:
+        """The paths of the datasets, for messages."""
+        return ", ".join(source.path for source in self.sources)
+
+    @property
+    def source_names(self) -> tuple[str, ...]:
+        """A short name of each dataset for the log: its folder's, where these differ."""
+        paths = [source.path for source in self.sources]
+        names = [path.rstrip("/").rpartition("/")[2] for path in paths]
+        return tuple(names if len(set(names)) == len(names) else paths)
+
+    @property
+    def largest(self) -> RunConfig:
+        """The settings with the largest batch, length and mask rate of any phase."""
+        batches = [self.batch, *(self.in_phase(phase).batch for phase in self.phase)]
+        rates = [self.objective, *(self.in_phase(phase).objective for phase in self.phase)]
+        return replace(
+            self,
+            batch=replace(
+                self.batch,
+                max_length=max(batch.max_length for batch in batches),
+                sequences=max(batch.sequences for batch in batches),
+            ),
+            objective=replace(self.objective, mask_rate=max(rate.mask_rate for rate in rates)),
+            phase=(),
+        )
+
+    def in_phase(self, phase: PhaseConfig) -> RunConfig:
+        """The settings while a phase lasts; its end, warm-up and schedule are not among them."""
+        changes = {"weights": phase.weights} if phase.weights is not None else {}
+        objective, batch = _given(phase.objective), _given(phase.batch)
+        batch.pop("warmup_tokens", None)
+        return replace(
+            self,
+            **changes,
+            objective=replace(self.objective, **objective),
+            batch=replace(self.batch, **batch),
+            phase=(),
+        )
+
+
+def _given(section: Any) -> dict[str, Any]:
+    """The keys of a section that are set."""
+    values = {f.name: getattr(section, f.name) for f in dataclasses.fields(section)}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def settings_of(config: Any) -> list[dataclasses.Field[Any]]:
     """The fields of a RunConfig, or of one of its sections, that are keys of a recipe."""
     return [item for item in dataclasses.fields(config) if item.name != "given"]
-
-
-def packaged_recipes() -> list[str]:
-    """The names of the recipes that come with fastbert, such as "mini", in alphabetical order."""
-    return sorted(path.stem for path in PACKAGED.glob("*.toml"))
-
-
-def find_recipe(name: str | Path) -> Path:
-    """The file of a recipe.
-
-    Args:
-        name: a path; or the name of a packaged recipe ("mini", "mini.toml"), which is used if no
-            file of that name exists.
-
-    Raises:
-        InputError: there is neither such a file nor such a packaged recipe.
-    """
-    path = Path(name)
-    with contextlib.suppress(OSError, ValueError):  # no path: too long, or with a NUL
-        if path.exists() and not path.is_dir():
-            return path
-    names = packaged_recipes()
-    bare = os.fspath(name).removesuffix(".toml")
-    if bare in names:
-        return PACKAGED / f"{bare}.toml"
-    near = difflib.get_close_matches(path.stem, names, n=1, cutoff=0.6)
-    hint = f"did you mean {near[0]}? " if near else ""
-    raise InputError(
-        f"{path}: no such recipe; {hint}give a TOML file, or one that comes with fastbert: "
-        + ", ".join(names)
-    )
-
-
-def load_config(
-    recipe: str | Path | Mapping[str, Any],
-    overrides: Sequence[str] | Mapping[str, Any] = (),
-) -> RunConfig:
-    """Read a recipe and apply overrides, which win.
-
-    Args:
-        recipe: a path, the name of a packaged recipe (see `find_recipe`), or the recipe's tables.
-        overrides: `section.key=value` lines as on the command line, with values in TOML; or a
-            mapping. Its keys may be dotted, its values may be tables, and None removes a key of the
-            recipe, so that the default applies.
-
-    Raises:
-        InputError: a file that cannot be read, TOML that cannot be parsed, an unknown key (similar
-            ones are listed), a value of the wrong type or out of range, or values that contradict
-            each other.
-    """
-    values: dict[str, Any] = {}
-    sources: dict[str, str] = {}
-    if isinstance(recipe, Mapping):
-        source = "recipe"
-        _merge(values, recipe, "", source, sources)
-    else:
-        source = str(recipe)
-        values = _read(find_recipe(recipe), source)
-    if isinstance(overrides, Mapping):
-        _merge(values, overrides, "", OVERRIDES, sources)
-    else:
-        for override in overrides:
-            _apply(values, override, sources)
-    return _build(values, source, sources)
-
-
-def _read(path: Path, name: str) -> dict[str, Any]:
-    """The tables of a TOML file; `name` is the one to show in messages."""
-    try:
-        return tomllib.loads(read_text(path))
-    except OSError as error:
-        raise InputError(f"{name}: cannot be read as a recipe: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"{name}: not UTF-8 ({error}); save it as UTF-8") from None
-    except NOT_TOML as error:
-        raise InputError(f"{name}: not valid TOML: {error}") from None
-
-
-def parse_config(text: str, source: str) -> RunConfig:
-    """Read a recipe from a string; `source` is where it is from, for messages."""
-    try:
-        values = tomllib.loads(text)
-    except NOT_TOML as error:
-        raise InputError(f"{source}: not valid TOML: {error}") from None
-    return _build(values, source, {})
-
-
-def dump_config(config: RunConfig) -> str:
-    """The settings as TOML. `parse_config` makes the same RunConfig of it again."""
-    lines: list[str] = []
-    sections: list[str] = []
-    for item in settings_of(config):
-        value = getattr(config, item.name)
-        if dataclasses.is_dataclass(value):
-            rows = [
-                f"{f.name} = {toml_value(getattr(value, f.name))}"
-                for f in dataclasses.fields(value)
-                if getattr(value, f.name) is not None
-            ]
-            sections.append("\n".join([f"[{item.name}]", *rows]))
-        elif value is not None:
-            lines.append(f"{item.name} = {toml_value(value)}")
-    return "\n\n".join(["\n".join(lines), *sections]) + "\n"
-
-
-def toml_value(value: Any) -> str:
-    """A setting as TOML."""
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, str):
-        # Control characters, the quote and the backslash are escaped as in JSON.
-        escaped = "".join(
-            c if c >= " " and c not in '"\\\x7f' else f"\\u{ord(c):04x}" for c in value
-        )
-        return f'"{escaped}"'
-    if isinstance(value, tuple):
-        return "[" + ", ".join(toml_value(v) for v in cast("tuple[Any, ...]", value)) + "]"
-    return repr(value)
-
-
-def _apply(values: dict[str, Any], override: str, sources: dict[str, str]) -> None:
-    """Apply one `key=value` of the command line."""
-    key, equals, text = override.partition("=")
-    key = key.strip()
-    if not equals or not key:
-        raise InputError(
-            f"{COMMAND_LINE}: {_shown(override)} is not key=value; "
-            "write for example batch.sequences=64"
-        )
-    try:
-        value, *others = tomllib.loads(f"value = {text}").values()
-    except NOT_TOML:
-        value = text.strip()  # a bare word: run=runs/demo needs no quotes
-        others = value.splitlines()[1:]
-    if others:
-        raise InputError(
-            f"{COMMAND_LINE}: {_shown(override)} has several lines; give each setting as an "
-            "argument of its own"
-        )
-    _set(values, key, value, COMMAND_LINE, sources)
-
-
-def _merge(
-    values: dict[str, Any],
-    changes: Mapping[str, Any],
-    prefix: str,
-    origin: str,
-    sources: dict[str, str],
-) -> None:
-    """Apply a mapping of values and tables; tables are merged key by key."""
-    for name, value in changes.items():
-        key = f"{prefix}{name}"
-        if isinstance(value, Mapping):
-            _set(values, key, None, origin, sources, table=True)
-            _merge(values, cast("Mapping[str, Any]", value), f"{key}.", origin, sources)
-        else:
-            _set(values, key, _plain(value), origin, sources)
-
-
-def _plain(value: Any) -> Any:
-    """The value as TOML would give it: paths as text, and numbers of NumPy as Python's own."""
-    if isinstance(value, os.PathLike):
-        return os.fspath(cast("os.PathLike[str]", value))
-    if isinstance(value, bool):
-        return value
-    if isinstance(value, numbers.Integral):
-        return int(value)
-    if isinstance(value, numbers.Real):
-        return float(value)
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in cast("Sequence[Any]", value)]
-    return value
-
-
-def _set(
-    values: dict[str, Any],
-    key: str,
-    value: Any,
-    origin: str,
-    sources: dict[str, str],
-    *,
-    table: bool = False,
-) -> None:
-    """Set the value of a dotted key; None removes it. With `table` only make sure of the table."""
-    names = key.split(".")
-    for i, name in enumerate(names if table else names[:-1]):
-        section: Any = values.setdefault(name, {})
-        if not isinstance(section, dict):
-            parent = ".".join(names[: i + 1])
-            raise InputError(f"{origin}: {key}: '{parent}' is not a section")
-        values = cast("dict[str, Any]", section)
-    if table:
-        return
-    if value is None:
-        _check_key(key, origin)
-        values.pop(names[-1], None)
-        return
-    values[names[-1]] = value
-    sources[key] = origin
-
-
-def _check_key(key: str, origin: str) -> None:
-    """Raise InputError where a recipe cannot have this dotted key."""
-    classes, prefix = [RunConfig], ""
-    for name in key.split("."):
-        names = {f.name: cls for cls in classes for f in settings_of(cls)}
-        if name not in names:
-            raise InputError(f"{origin}: unknown key '{key}'; {_near(name, prefix, list(names))}")
-        hint, prefix = typing.get_type_hints(names[name])[name], f"{prefix}{name}."
-        classes = [cls for cls in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(cls)]
-
-
-def _build(values: dict[str, Any], source: str, sources: dict[str, str]) -> RunConfig:
-    if "data" not in values:
-        raise InputError(
-            f'{source}: data is missing; write data = "the folder that fastbert prepare made"'
-        )
-    given = set[str]()
-    if isinstance(values.get("model"), dict):
-        model: dict[str, Any] = values["model"]
-        cls = _model_class(model, sources.get("model.type", source))
-        preset = model.get("preset", "base")
-        if isinstance(preset, str) and preset in cls.presets:
-            values = {**values, "model": {**cls.presets[preset], **model}}
-            given = {*model, *(cls.presets[preset] if "preset" in model else ())}
-        objective = values.get("objective", {})
-        if cls is ModernBertConfig and isinstance(objective, dict):
-            values = {**values, "objective": {"kind": "mlm", **objective}}
-    if isinstance(values.get("optimizer"), dict) and values["optimizer"].get("name") == "muon":
-        values = {**values, "optimizer": {"momentum": MUON_MOMENTUM, **values["optimizer"]}}
-    config = _section(RunConfig, values, "", source, sources)
-    check_config(config, source, sources)
-    return dataclasses.replace(config, given=frozenset(given))
-
-
-def _model_class(model: Mapping[str, Any], where: str) -> type[ModelConfig]:
-    """The class of the section [model], which its key `type` names."""
-    name = model.get("type", "bert")
-    if not isinstance(name, str) or name not in MODELS:
-        raise InputError(
-            f"{where}: model.type = {_shown(name)}; must be one of {', '.join(MODELS)}"
-        )
-    return MODELS[name]
-
-
-def _section(
-    cls: type, values: dict[str, Any], prefix: str, source: str, sources: dict[str, str]
-) -> Any:
-    fields = {f.name: f for f in settings_of(cls)}
-    hints = typing.get_type_hints(cls)
-    given: dict[str, Any] = {}
-    for name, value in values.items():
-        key = prefix + name
-        where = sources.get(key, source)
-        if name not in fields:
-            raise InputError(f"{where}: unknown key '{key}'; {_near(name, prefix, list(fields))}")
-        hint = hints[name]
-        if dataclasses.is_dataclass(hint) or hint == ModelConfig:
-            if not isinstance(value, dict):
-                raise InputError(f"{where}: {key} = {_shown(value)}; must be a section, [{key}]")
-            if hint == ModelConfig:
-                hint = _model_class(cast("dict[str, Any]", value), where)
-            given[name] = _section(
-                cast(type, hint), cast("dict[str, Any]", value), key + ".", source, sources
-            )
-        else:
-            given[name] = _value(fields[name], hint, value, key, where)
-    return cls(**given)
-
-
-# Keys of BertConfig and ModernBertConfig that a recipe does not have, and why.
-FIXED = {
-    "model.hidden_act": 'it is "gelu", as in BERT',
-    "model.hidden_activation": 'it is "gelu", as in ModernBERT',
-    "model.classifier_activation": 'it is "gelu", as in ModernBERT',
-    "model.layer_types": "model.global_attn_every_n_layers gives them",
-    "model.rope_parameters": "model.global_rope_theta and model.local_rope_theta give them",
-    "model.type_vocab_size": "it is 2, as in BERT",
-    "model.position_embedding_type": 'it is "absolute", as in BERT',
-    "model.vocab_size": "it is that of the dataset; `fastbert prepare --vocab-size` chooses it",
-}
-
-
-def _near(name: str, prefix: str, known: list[str]) -> str:
-    if fixed := FIXED.get(prefix + name):
-        return fixed
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
-    if near:
-        return "did you mean " + " or ".join(prefix + n for n in near) + "?"
-    return "known " + (f"in [{prefix[:-1]}]" if prefix else "at the top") + ": " + ", ".join(known)
-
-
-def _value(spec: dataclasses.Field[Any], hint: Any, value: Any, key: str, where: str) -> Any:
-    shown = _shown(value)
-
-    def wrong(what: str) -> InputError:
-        return InputError(f"{where}: {key} = {shown}; must be {what}")
-
-    if isinstance(hint, types.UnionType):
-        # `int | None`: TOML has no null, so a value that is given is never None.
-        hint = next(t for t in typing.get_args(hint) if t is not types.NoneType)
-    if hint is bool:
-        if not isinstance(value, bool):
-            raise wrong("true or false")
-        return value
-    if hint is str:
-        if not isinstance(value, str) or not value:
-            raise wrong("a string that is not empty")
-        if key in PATHS:
-            value = os.path.expanduser(value)
-        options = spec.metadata.get("options")
-        if options and value not in options:
-            raise wrong("one of " + ", ".join(options))
-        return value
-    if typing.get_origin(hint) is tuple:
-        pair = cast("Sequence[Any]", value if isinstance(value, (list, tuple)) else ())
-        if len(pair) != 2 or not all(_is_number(v) and 0 <= v < 1 for v in pair):
-            raise wrong("two numbers of at least 0 and below 1")
-        return tuple(float(v) for v in pair)
-    if spec.metadata.get("is_size") and isinstance(value, str):
-        value = size_of(value)
-        if value is None:
-            raise wrong(f'bytes, or a number with a unit ({", ".join(SIZE_UNITS)}): "4 GiB"')
-    if hint is int and (not isinstance(value, int) or isinstance(value, bool)):
-        raise wrong("a whole number")
-    if not _is_number(value) or not _is_finite(value):
-        raise wrong("a number")
-    low, high, above, unit = (spec.metadata[k] for k in ("low", "high", "above", "unit"))
-    if value < low or value > high or (above and value == low):
-        bound = f"above {low}" if above else f"{low} or more"
-        bound += f" and {high} at most" if high != math.inf else ""
-        raise wrong(bound + (f" ({unit})" if unit else ""))
-    return hint(value)
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= LONGEST_VALUE else f"{text[:LONGEST_VALUE]}..."
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _is_finite(value: float | int) -> bool:
-    try:
-        return math.isfinite(value)
-    except OverflowError:  # a whole number beyond every float
-        return False
-
-
-def check_config(
-    config: RunConfig, source: str, sources: Mapping[str, str] = types.MappingProxyType({})
-) -> None:
-    """Raise InputError for values that contradict each other.
-
-    Args:
-        config: the settings; each value is in its own range.
-        source: the recipe, for messages.
-        sources: where the keys come from that are not from `source`.
-    """
-
-    def where(key: str) -> str:
-        return sources.get(key, source)
-
-    model, objective, batch = config.model, config.objective, config.batch
-    if model.hidden_size % model.num_attention_heads:
-        raise InputError(
-            f"{where('model.num_attention_heads')}: model.num_attention_heads = "
-            f"{model.num_attention_heads} does not divide model.hidden_size = {model.hidden_size}"
-        )
-    if model.head_size % 8:
-        raise InputError(
-            f"{where('model.num_attention_heads')}: model.hidden_size / "
-            f"model.num_attention_heads = {model.head_size}; must be a multiple of 8"
-        )
-    if batch.max_length > model.max_position_embeddings:
-        raise InputError(
-            f"{where('batch.max_length')}: batch.max_length = {batch.max_length} is more than "
-            f"model.max_position_embeddings = {model.max_position_embeddings}; "
-            "lower the one or raise the other"
-        )
-    if batch.micro_batch_tokens < batch.max_length:
-        raise InputError(
-            f"{where('batch.micro_batch_tokens')}: batch.micro_batch_tokens = "
-            f"{batch.micro_batch_tokens} is less than batch.max_length = {batch.max_length}; "
-            "the longest sequence must fit"
-        )
-    if objective.pairs and isinstance(model, ModernBertConfig):
-        raise InputError(
-            f"{where('objective.kind')}: objective.kind = {objective.kind!r} with "
-            'model.type = "modernbert"; must be "mlm": ModernBERT has no token types to tell the '
-            "sentences of a pair apart, and no head for pairs"
-        )
-    if objective.pairs and objective.segments == "windows":
-        raise InputError(
-            f'{where("objective.segments")}: objective.segments = "windows" with objective.kind = '
-            f'"{objective.kind}"; windows have no pairs: set objective.kind = "mlm", or segments '
-            'to "fill"'
-        )
-    if objective.mask_token + objective.random_token > 1:
-        raise InputError(
-            f"{where('objective.random_token')}: objective.mask_token + "
-            f"objective.random_token = {objective.mask_token + objective.random_token:g}; "
-            "must be 1 at most"
-        )
-    horizon = {
-        "steps": config.stop.steps or config.stop.epochs,
-        "tokens": config.stop.tokens,
-        "seconds": config.stop.seconds,
-    }
-    others = any(horizon[k] for k in horizon if k != config.schedule.over)
-    flat = config.schedule.decay == "constant" and config.schedule.warmup == 0
-    if (
-        not horizon[config.schedule.over]
-        and not flat
-        and (others or config.schedule.over != "steps")
-    ):
-        key = (
-            "stop.steps or stop.epochs"
-            if config.schedule.over == "steps"
-            else f"stop.{config.schedule.over}"
-        )
-        raise InputError(
-            f'{where("schedule.over")}: schedule.over = "{config.schedule.over}" needs {key}: '
-            "the learning rate follows it to the end of the run"
-        )
-    if config.schedule.decay == "wsd" and config.schedule.warmup + config.schedule.cooldown > 1:
-        raise InputError(
-            f"{where('schedule.cooldown')}: schedule.warmup + schedule.cooldown = "
-            f"{config.schedule.warmup + config.schedule.cooldown:g}; must be 1 at most"
-        )
-    if config.optimizer.name == "muon" and config.optimizer.momentum == 1:
-        raise InputError(
-            f"{where('optimizer.momentum')}: optimizer.momentum = 1 with "
-            'optimizer.name = "muon"; must be below 1'
-        )
-    if config.runtime.recompute and config.runtime.cuda_graphs:
-        raise InputError(
-            f"{where('runtime.recompute')}: runtime.recompute = true does not go with "
-            "runtime.cuda_graphs = true; set one of them to false"
-        )
-    if config.stop.min_delta and not config.stop.patience:
-        raise InputError(
-            f"{where('stop.min_delta')}: stop.min_delta = {config.stop.min_delta} "
-            "needs stop.patience"
-        )

@@ -20,7 +20,8 @@ import torch
 from benchmarks.harness.machine import header, header_line
 from benchmarks.harness.tables_and_plots import table
 from benchmarks.quality.equal_time import heldout
-from fastbert.config import ObjectiveConfig, RunConfig, load_config
+from fastbert.config import ObjectiveConfig, RunConfig
+from fastbert.recipe import load_config
 from fastbert.training.metrics import read_metrics
 
 GOAL = 4.0  # nats on [MASK], the mean of the seeds

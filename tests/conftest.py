@@ -19,7 +19,7 @@ import secrets
 import signal
 from pathlib import Path
 from pydoc_data.topics import topics
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -96,6 +96,27 @@ def old_dataset(
     from tests.old_dataset import in_format_2
 
     return in_format_2(small_dataset, tmp_path_factory.mktemp("old") / "dataset")
+
+
+@pytest.fixture(scope="session")
+def two_sources(
+    english_documents: list[str], tmp_path_factory: pytest.TempPathFactory
+) -> list[TokenDataset]:
+    """Two datasets of one tokenizer: the first third of the text, and the rest."""
+    from fastbert.data.dataset import open_dataset
+    from fastbert.data.prepare import prepare
+
+    folder = tmp_path_factory.mktemp("sources")
+    cut, made = len(english_documents) // 3, []
+    for name, documents in (("a", english_documents[:cut]), ("b", english_documents[cut:])):
+        text = folder / f"{name}.jsonl"
+        text.write_text("".join(json.dumps({"text": one}) + "\n" for one in documents))
+        options: dict[str, Any] = (
+            {"tokenizer": made[0].tokenizer_dir} if made else {"vocab_size": 800}
+        )
+        prepare([text], folder / name, workers=1, heldout=0.1, progress=False, **options)
+        made.append(open_dataset(folder / name))
+    return made
 
 
 @pytest.fixture(scope="session")

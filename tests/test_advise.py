@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from fastbert.config import RunConfig, load_config, parse_config
+from fastbert.config import RunConfig
 from fastbert.errors import InputError
 from fastbert.planning.advise import (
     PASSES,
@@ -20,6 +20,7 @@ from fastbert.planning.advise import (
 )
 from fastbert.planning.new_recipe import recipe_text, steps_of
 from fastbert.planning.parameters import count_parameters
+from fastbert.recipe import load_config, parse_config
 
 LIBRARY = Corpus(
     path="data/library",

@@ -22,7 +22,7 @@ from tiny_bert import make_hugging_face_folder
 
 import fastbert
 from fastbert import api
-from fastbert.config import load_config
+from fastbert.recipe import load_config
 from fastbert.training.metrics import read_metrics
 from tests.ranks import environment
 

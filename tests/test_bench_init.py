@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from fastbert.config import load_config
+from fastbert.recipe import load_config
 
 ROOT = Path(__file__).parents[1]
 

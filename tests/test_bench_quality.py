@@ -28,9 +28,9 @@ from benchmarks.quality.bench_quality import (
     sooner,
 )
 from benchmarks.quality.trainer_rival import build_model, evaluate, heldout, sentence_pairs
-from fastbert.config import load_config
 from fastbert.models.bert import BertForPreTraining
 from fastbert.models.heads import losses
+from fastbert.recipe import load_config
 from fastbert.training.heldout import heldout_means, heldout_sums
 from tests.tiny_dataset import tiny_dataset
 

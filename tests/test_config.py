@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastbert.config import FIXED, PRESETS, RunConfig, dump_config, load_config, parse_config
+from fastbert.config import PRESETS, RunConfig
 from fastbert.errors import InputError
+from fastbert.recipe import FIXED, dump_config, load_config, parse_config
 
 ROOT = Path(__file__).parent.parent
 

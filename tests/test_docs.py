@@ -31,7 +31,8 @@ import typer.main
 from tiny_bert import make_hugging_face_folder
 
 from fastbert import cli
-from fastbert.config import RunConfig, load_config, parse_config, settings_of
+from fastbert.config import RunConfig, settings_of
+from fastbert.recipe import load_config, parse_config
 from tests.tiers import slow
 
 if sys.version_info >= (3, 11):

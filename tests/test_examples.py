@@ -17,12 +17,13 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from fastbert.config import ObjectiveConfig, parse_config
+from fastbert.config import ObjectiveConfig
 from fastbert.data import example_counts
 from fastbert.data import examples as module
 from fastbert.data.examples import Examples, Spans
 from fastbert.data.split import Split
 from fastbert.errors import InputError
+from fastbert.recipe import parse_config
 from tests.tiny_dataset import tiny_split
 
 ROOT = Path(__file__).parents[1]

@@ -18,9 +18,9 @@ from tiny_bert import RECIPE, make_hugging_face_folder
 import fastbert
 from fastbert.checkpoints import checkpoint
 from fastbert.checkpoints.weight_names import shapes
-from fastbert.config import dump_config, parse_config
 from fastbert.data.dataset import TokenDataset
 from fastbert.errors import InputError
+from fastbert.recipe import dump_config, parse_config
 from fastbert.training.setup import Start, open_run
 from fastbert.training.train_state import TrainState
 

@@ -31,7 +31,14 @@ MAY_IMPORT = {
     "fastbert.terminal": set(),
     "fastbert.presence": {"fastbert.errors"},
     "fastbert.regular_file": set(),
-    "fastbert.config": {"fastbert.errors", "fastbert.regular_file"},
+    "fastbert.config": set(),
+    "fastbert.recipe": {
+        "fastbert.config",
+        "fastbert.errors",
+        "fastbert.recipe_checks",
+        "fastbert.regular_file",
+    },
+    "fastbert.recipe_checks": {"fastbert.config", "fastbert.errors"},
     "fastbert.machine": {"fastbert.child", "fastbert_kernels"},
     "fastbert.doctor": {"fastbert.machine"},
     # The processes of a run, independent of what they compute.
@@ -52,6 +59,7 @@ MAY_IMPORT = {
     "fastbert.checkpoints": {
         "fastbert.cluster",
         "fastbert.config",
+        "fastbert.recipe",
         "fastbert.data",
         "fastbert.durable",
         "fastbert.errors",
@@ -64,6 +72,7 @@ MAY_IMPORT = {
         "fastbert.child",
         "fastbert.cluster",
         "fastbert.config",
+        "fastbert.recipe",
         "fastbert.data",
         "fastbert.durable",
         "fastbert.errors",
@@ -80,6 +89,7 @@ MAY_IMPORT = {
     },
     "fastbert.planning": {
         "fastbert.config",
+        "fastbert.recipe",
         "fastbert.data",
         "fastbert.errors",
         "fastbert.machine",
@@ -90,6 +100,7 @@ MAY_IMPORT = {
     # `fastbert init` times real steps of candidate models.
     "fastbert.planning.advise": {
         "fastbert.config",
+        "fastbert.recipe",
         "fastbert.errors",
         "fastbert.planning.flops",
         "fastbert.planning.parameters",
@@ -107,6 +118,7 @@ MAY_IMPORT = {
         "fastbert.checkpoints",
         "fastbert.cluster.group",
         "fastbert.config",
+        "fastbert.recipe",
         "fastbert.data",
         "fastbert.durable",
         "fastbert.errors",

@@ -13,9 +13,9 @@ from tiny_bert import TEXTS, make_hugging_face_folder
 from transformers import BertConfig, BertModel
 
 import fastbert
-from fastbert.config import load_config
 from fastbert.data.tokenizer import load_tokenizer, save_tokenizer
 from fastbert.errors import InputError
+from fastbert.recipe import load_config
 from fastbert.training.loop import pretrain
 
 ROOT = Path(__file__).parents[1]

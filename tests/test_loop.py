@@ -20,11 +20,11 @@ import pytest
 import torch
 
 from fastbert.checkpoints import checkpoint
-from fastbert.config import load_config
 from fastbert.data.batches import Batches
 from fastbert.data.dataset import open_dataset
 from fastbert.durable import sealed
 from fastbert.errors import InputError
+from fastbert.recipe import load_config
 from fastbert.training.loop import pretrain
 from fastbert.training.metrics import STEP_KEYS, read_metrics
 from fastbert_kernels.checker.sanitizer import sanitize

@@ -8,11 +8,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastbert.config import load_config
 from fastbert.data.batches import Batches
 from fastbert.machine import probe_bf16
 from fastbert.models.bert import BertForPreTraining
 from fastbert.models.heads import losses
+from fastbert.recipe import load_config
 from fastbert.training.optimizer import build_optimizer
 from fastbert.training.schedule import factor
 from tests.tiers import typical

@@ -13,9 +13,9 @@ import torch
 import transformers
 
 import fastbert
-from fastbert.config import load_config
 from fastbert.data.tokenizer import load_tokenizer
 from fastbert.errors import InputError
+from fastbert.recipe import load_config
 from fastbert.tasks.evaluate import evaluate
 from fastbert.tasks.finetune import LengthWarning, Settings, Spread, finetune
 from fastbert.training.loop import pretrain

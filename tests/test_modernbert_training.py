@@ -8,10 +8,11 @@ from contextlib import closing
 import pytest
 import torch
 
-from fastbert.config import BatchConfig, ModernBertConfig, load_config
+from fastbert.config import BatchConfig, ModernBertConfig
 from fastbert.data.batches import Batches
 from fastbert.models.build import build_model
 from fastbert.models.heads import losses
+from fastbert.recipe import load_config
 from fastbert.training.muon import matrices
 from fastbert.training.optimizer import build_optimizer
 from fastbert.training.parallel_model import ParallelModel

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 
-from fastbert.config import load_config, packaged_recipes
 from fastbert.data.dataset import open_dataset
 from fastbert.data.examples import Examples
 from fastbert.data.prepare import prepare
@@ -18,6 +17,7 @@ from fastbert.errors import InputError
 from fastbert.planning.advise import STEP_TOKENS, Speed, advise
 from fastbert.planning.new_recipe import look_at, new_recipe
 from fastbert.planning.step_speed import measure_speed
+from fastbert.recipe import load_config, packaged_recipes
 
 
 def test_the_recipe_is_written_for_the_dataset(small_dataset, tmp_path):

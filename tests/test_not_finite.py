@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from fastbert.checkpoints import checkpoint
-from fastbert.config import load_config
 from fastbert.data.batches import Batches, heldout_batches
 from fastbert.data.packing import PackedBatch
+from fastbert.recipe import load_config
 from tests.tiers import slow
 from tests.trials import Laboratory, Trial, wait_for
 

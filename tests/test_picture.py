@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from matplotlib.text import Text
 
-from fastbert.config import load_config
+from fastbert.recipe import load_config
 from fastbert.tasks import scores
 from fastbert.tasks.run_report import report
 from fastbert.training.history import History

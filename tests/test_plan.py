@@ -14,15 +14,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastbert.config import (
-    BertConfig,
-    ModelConfig,
-    ModernBertConfig,
-    OptimizerConfig,
-    RunConfig,
-    load_config,
-    parse_config,
-)
+from fastbert.config import BertConfig, ModelConfig, ModernBertConfig, OptimizerConfig, RunConfig
 from fastbert.data.manifest import SpecialIds
 from fastbert.data.packing import PackedBatch, pack_texts
 from fastbert.errors import InputError
@@ -48,6 +40,7 @@ from fastbert.planning.plan import (
     describe,
     plan,
 )
+from fastbert.recipe import load_config, parse_config
 from fastbert.training.muon import Muon, is_hidden
 from fastbert_kernels.checker.sanitizer import sanitize
 from tests.modern_bert import CONFIGS

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastbert.config import BertConfig, ModelConfig, ModernBertConfig, RuntimeConfig, load_config
+from fastbert.config import BertConfig, ModelConfig, ModernBertConfig, RuntimeConfig
 from fastbert.data.batches import Batches
 from fastbert.errors import InputError
 from fastbert.models.build import Model, build_model
@@ -17,6 +17,7 @@ from fastbert.models.heads import losses
 from fastbert.planning.activations import MicroBatchSize, activation_bytes, recomputed_bytes
 from fastbert.planning.flops import executed_flops
 from fastbert.planning.memory import memory_by_part
+from fastbert.recipe import load_config
 from fastbert.training.parallel_model import ParallelModel
 from tests.random_batch import VOCAB, make_batch
 from tests.test_engine import CONFIG, engine, state_of

@@ -13,10 +13,10 @@ from tiny_bert import make_hugging_face_folder, make_run
 from fastbert.checkpoints import hugging_face
 from fastbert.checkpoints.model_folder import open_model
 from fastbert.checkpoints.ownership import RunLock
-from fastbert.config import load_config
 from fastbert.data.dataset import open_dataset
 from fastbert.data.tokenizer import load_tokenizer
 from fastbert.errors import InputError
+from fastbert.recipe import load_config
 from fastbert.regular_file import LARGEST, read_bytes, read_text
 from fastbert.tasks.run_report import report
 

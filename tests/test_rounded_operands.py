@@ -7,10 +7,10 @@ import copy
 import pytest
 import torch
 
-from fastbert.config import parse_config
 from fastbert.machine import Bf16Probe
 from fastbert.models.bert import BertForPreTraining
 from fastbert.models.heads import losses
+from fastbert.recipe import parse_config
 from fastbert_kernels import _linear, varlen_attention
 from fastbert_kernels.attention import cpu as attention_cpu
 from tests.random_batch import make_batch

@@ -18,8 +18,8 @@ from tiny_bert import make_hugging_face_folder
 
 import fastbert
 from fastbert.checkpoints.ownership import RunLock
-from fastbert.config import load_config
 from fastbert.errors import InputError
+from fastbert.recipe import load_config
 from fastbert.tasks.run_report import report
 from fastbert.training.loop import pretrain
 from tests.ranks import ROOT, environment

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from fastbert.config import load_config
+from fastbert.recipe import load_config
 from speedrun.__main__ import GOAL, RECORD, SEEDS
 
 ROOT = Path(__file__).parents[1]

@@ -79,7 +79,7 @@ def test_every_line_of_every_command_is_clean(folder, tmp_path, capsys):
 
 def test_a_run_log_is_clean(tmp_path, capsys, monkeypatch):
     """This is also tested on a terminal with few characters."""
-    from fastbert.config import load_config
+    from fastbert.recipe import load_config
 
     recipe = load_config("mini", ["data=x", "stop.steps=3"])
     facts = {"peak": None, "vocab_size": 100, "baselines": {"unigram": 4.0}, "recipe": recipe}

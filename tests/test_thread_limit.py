@@ -10,9 +10,9 @@ from collections.abc import Iterator
 import psutil
 import pytest
 
-from fastbert.config import load_config
 from fastbert.errors import InputError
 from fastbert.machine import startable_threads
+from fastbert.recipe import load_config
 from fastbert.training.loop import pretrain
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 import fastbert
-from fastbert.config import load_config
 from fastbert.errors import InputError
+from fastbert.recipe import load_config
 from fastbert.tasks.export import export
 from fastbert.tasks.finetune import LengthWarning, Settings, finetune
 from fastbert.tasks.pretrained import TextCutWarning

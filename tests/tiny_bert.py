@@ -12,10 +12,10 @@ import torch
 from transformers import BertConfig, BertForPreTraining
 
 from fastbert.checkpoints import checkpoint, hugging_face, hugging_face_config
-from fastbert.config import dump_config, parse_config
 from fastbert.data.dataset import open_dataset
 from fastbert.data.tokenizer import load_tokenizer, save_tokenizer
 from fastbert.data.vocabulary import train_tokenizer
+from fastbert.recipe import dump_config, parse_config
 
 POSITIONS = 32
 VOCABULARY = 400

@@ -50,11 +50,11 @@ import torch
 from benchmarks.harness.machine import ROOT, header
 from benchmarks.harness.record import Record, Row
 from benchmarks.harness.tables_and_plots import OURS, colour, figure_of, save, table
-from fastbert.config import parse_config
 from fastbert.data.batches import Batches
 from fastbert.data.dataset import TokenDataset, open_dataset
 from fastbert.data.prefetch import Prefetch
 from fastbert.data.vocabulary import train_tokenizer
+from fastbert.recipe import parse_config
 from fastbert.training.picture import INK, MUTED
 
 # Sequences of a step: the default, and the setting of fastbert/recipes/demo.toml.

@@ -51,7 +51,7 @@ from benchmarks.harness.record import Record, Row
 from benchmarks.harness.tables_and_plots import filled, table
 from benchmarks.step.made_up_training import Sizes, made_up_batch, model_config
 from fastbert.cluster.group import Group, join
-from fastbert.config import BatchConfig, RunConfig, parse_config
+from fastbert.config import BatchConfig, RunConfig
 from fastbert.data.packing import PackedBatch
 from fastbert.heap import keep_heap
 from fastbert.models.build import build_model
@@ -65,6 +65,7 @@ from fastbert.planning.plan import (
     plan,
     this_machine,
 )
+from fastbert.recipe import parse_config
 from fastbert.training.ds_config import DeepSpeedSettings
 from fastbert.training.engine import Engine
 

@@ -24,7 +24,8 @@ from benchmarks.harness.machine import header
 from benchmarks.harness.record import Record, Row, once
 from benchmarks.harness.tables_and_plots import table
 from benchmarks.quality.equal_time import speeds, trained
-from fastbert.config import RunConfig, dump_config, load_config
+from fastbert.config import RunConfig
+from fastbert.recipe import dump_config, load_config
 
 RECIPE: dict[str, Any] = {
     "objective": {"kind": "mlm", "segments": "windows", "mask_rate": 0.25},

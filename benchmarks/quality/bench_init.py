@@ -21,7 +21,8 @@ from benchmarks.harness.machine import header
 from benchmarks.harness.record import Record, Row, once
 from benchmarks.harness.tables_and_plots import table
 from benchmarks.quality.equal_time import speeds, trained
-from fastbert.config import RunConfig, load_config
+from fastbert.config import RunConfig
+from fastbert.recipe import load_config
 
 INIT, DEMO = "fastbert init", "demo.toml, by hand"
 

@@ -46,10 +46,11 @@ from benchmarks.harness.machine import ROOT, header
 from benchmarks.harness.record import Record, Row
 from benchmarks.harness.tables_and_plots import colour, figure_of, save, table
 from benchmarks.quality.trainer_rival import COMMON, build_model, evaluate, heldout
-from fastbert.config import BertConfig, load_config
+from fastbert.config import BertConfig
 from fastbert.data.dataset import TokenDataset, open_dataset
 from fastbert.models.bert import BertForPreTraining
 from fastbert.models.heads import losses
+from fastbert.recipe import load_config
 from fastbert.training.heldout import heldout_means, heldout_sums
 from fastbert.training.metrics import read_metrics
 from fastbert.training.picture import INK, MUTED

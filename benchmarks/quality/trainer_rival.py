@@ -38,13 +38,14 @@ import transformers
 
 from benchmarks.step.bench_step import pad
 from fastbert.checkpoints.weight_names import to_hugging_face
-from fastbert.config import BertConfig, RunConfig, ScheduleConfig, load_config
+from fastbert.config import BertConfig, RunConfig, ScheduleConfig
 from fastbert.data.batches import heldout_batches
 from fastbert.data.dataset import TokenDataset, open_dataset
 from fastbert.data.packing import PackedBatch
 from fastbert.heap import keep_heap
 from fastbert.models.bert import BertForPreTraining
 from fastbert.models.heads import Losses
+from fastbert.recipe import load_config
 from fastbert.training.heldout import HeldOut, heldout_means, heldout_sums
 from fastbert.training.metrics import MetricsFile
 from fastbert.training.schedule import factor

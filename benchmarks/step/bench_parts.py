@@ -41,7 +41,7 @@ from benchmarks.harness.record import Record, Row
 from benchmarks.harness.tables_and_plots import table
 from benchmarks.step.bench_step import CASES, LEAST, MAX_LENGTH, SEQUENCES, WARM_UP
 from fastbert.cluster.group import join
-from fastbert.config import BertConfig, RunConfig, parse_config
+from fastbert.config import BertConfig, RunConfig
 from fastbert.data.batches import Batches
 from fastbert.data.dataset import TokenDataset, open_dataset
 from fastbert.data.packing import PackedBatch
@@ -49,6 +49,7 @@ from fastbert.heap import keep_heap
 from fastbert.machine import measure_bandwidth, measure_gemm_rate
 from fastbert.models.bert import Attention, BertForPreTraining, Embeddings, FeedForward
 from fastbert.planning.flops import BACKWARD
+from fastbert.recipe import parse_config
 from fastbert.training.ds_config import read_ds_config
 from fastbert.training.engine import Engine
 

@@ -52,7 +52,7 @@ from benchmarks.harness.record import Record
 from benchmarks.harness.tables_and_plots import table
 from fastbert.checkpoints.hugging_face_config import written
 from fastbert.checkpoints.weight_names import to_hugging_face
-from fastbert.config import BatchConfig, ModelConfig, ObjectiveConfig, RunConfig, parse_config
+from fastbert.config import BatchConfig, ModelConfig, ObjectiveConfig, RunConfig
 from fastbert.data.batches import Batches
 from fastbert.data.dataset import TokenDataset, open_dataset
 from fastbert.data.manifest import SpecialIds
@@ -62,6 +62,7 @@ from fastbert.machine import measure_gemm_rate, probe_bf16, processes_for
 from fastbert.models.build import build_model
 from fastbert.models.heads import losses
 from fastbert.planning.flops import training_flops
+from fastbert.recipe import parse_config
 from fastbert.training.parallel_model import ParallelModel
 
 CASES = [("mini", 8192), ("small", 8192), ("small", 30522)]  # preset, vocabulary; of BERT

@@ -39,12 +39,12 @@ def measure(way: str, given: argparse.Namespace) -> list[float]:
     """Return the seconds per TOKENS of each step in this process, without the first five."""
     import torch
 
-    from fastbert.config import load_config
     from fastbert.data.batches import Batches
     from fastbert.data.dataset import open_dataset
     from fastbert.heap import keep_heap
     from fastbert.models.build import build_model
     from fastbert.planning.step_speed import train_step
+    from fastbert.recipe import load_config
     from fastbert.training.optimizer import build_optimizer
     from fastbert.training.parallel_model import ParallelModel
 

@@ -327,6 +327,20 @@ def exists(run: Path) -> bool:
     return bool(_folders(run / "checkpoints"))
 
 
+def steps(run: Path) -> list[int]:
+    """Return the steps of a run's checkpoints, valid or not, in ascending order.
+
+    Raises:
+        InputError: checkpoints/ cannot be read.
+    """
+    return [_step(path) for path in _folders(run / "checkpoints")]
+
+
+def folder_of(run: Path, step: int) -> Path:
+    """Return the folder of a run's checkpoint."""
+    return run / "checkpoints" / _name(step)
+
+
 def has_written(run: Path) -> bool:
     """Whether a run's checkpoints/ holds anything that a save writes, complete or not.
 

@@ -23,10 +23,11 @@ from fastbert.checkpoints.sentence_folder import (
 )
 from fastbert.checkpoints.weight_names import check_finite, check_layers, heads, shapes
 from fastbert.checkpoints.weight_table import MLM, NSP
-from fastbert.config import ModelConfig, RunConfig, parse_config
+from fastbert.config import ModelConfig, RunConfig
 from fastbert.data.tokenizer import behaviour, load_tokenizer, lowercases
 from fastbert.errors import InputError
 from fastbert.presence import is_file, is_folder, status
+from fastbert.recipe import parse_config
 
 
 class CheckpointWarning(UserWarning):
@@ -146,7 +147,7 @@ def _from_checkpoint(found: checkpoint.Checkpoint) -> ModelParts:
     if wanted is not None and wanted != tokenizer_sha256(tokenizer):
         raise InputError(
             f"{tokenizer_path}: not the tokenizer that {found.path} was trained with; put back the "
-            f"tokenizer/ of the dataset {recipe.data}"
+            f"tokenizer/ of the dataset {recipe.sources[0].path}"
         )
     _check_embeddings(tokenizer, tokenizer_path, vocab_size)
     return ModelParts(

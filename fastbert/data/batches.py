@@ -1,12 +1,15 @@
 """The batch of each step: a fixed set of examples, shared out evenly, in packs of limited size.
 
-Example number g = step * sequences + k of a run is example g % n of epoch g // n. This does not
-depend on the number of ranks, so there is no state to save.
+Example number g = step * sequences + k of a run is example g % n of epoch g // n. With several
+sources, g gives the source and the number there (mixture.py), and with phases, the number of a
+step's first example is a function of the step (phases.py). None of this depends on the number of
+ranks, so there is no state to save.
 """
 
 from __future__ import annotations
 
 import heapq
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -18,8 +21,9 @@ from fastbert.data.examples import Examples, Spans
 from fastbert.data.masking import Masking, selected_counts
 from fastbert.data.packing import PackedBatch, pack, pack_texts
 from fastbert.data.padding import pad
+from fastbert.data.phases import Position, Stretch, Timetable
 from fastbert.data.stream import Epochs, Stream
-from fastbert.data.window_order import open_stream
+from fastbert.data.streams import Streams
 from fastbert.errors import InputError
 
 __all__ = ["Batches", "PackedBatch", "heldout_batches", "pack_texts"]
@@ -34,30 +38,47 @@ class Batches:
     """Training batches.
 
     Args:
-        dataset: its split "train" is read.
-        config: objective, batch, seed and runtime.cuda_graphs are used.
+        dataset: its split "train" is read; or the datasets of a mixture, as in config.data.
+        config: objective, batch, phase, stop, seed, weights and runtime.cuda_graphs are used.
+        origin: where a branch of another run begins.
 
     Raises:
         InputError: the dataset has no example for this objective, or its vocabulary has no token
-            to mask with.
+            to mask with; or the phases or the weights do not fit the datasets.
     """
 
-    def __init__(self, dataset: TokenDataset, config: RunConfig):
+    def __init__(
+        self,
+        dataset: TokenDataset | Sequence[TokenDataset],
+        config: RunConfig,
+        origin: Position | None = None,
+    ):
+        datasets = [dataset] if isinstance(dataset, TokenDataset) else dataset
         self.config = config
+        self.streams = Streams(datasets, config)
+        self.timetable = Timetable(config, self.streams, origin)
+        self.timetable.check_epochs()
+        self._packers = {
+            (stretch.phase, stretch.era): self._packer(stretch)
+            for stretch in self.timetable.stretches
+        }
+
+    def _packer(self, stretch: Stretch) -> _Packer:
+        config = self.timetable.phases[stretch.phase].config
         longest = config.batch.max_length if config.runtime.cuda_graphs else None
-        self._stream = open_stream(
-            dataset, config.objective, config.batch.max_length, config.seed, config.order.window
-        )
-        self._packer = _Packer(dataset, self._stream, config.objective, longest)
+        mixture = self.streams.mixture(self.timetable.eras[stretch.era])
+        return _Packer(self.streams.datasets[0], mixture, config.objective, longest)
 
     @property
     def examples_per_epoch(self) -> int:
-        return len(self._stream)
+        """Examples of all sources together, at the recipe's max_length."""
+        length = self.config.batch.max_length
+        return sum(self.streams.epoch(i, length) for i in range(len(self.streams)))
 
     @property
     def steps_per_epoch(self) -> float:
         """Steps per epoch, a fraction: the next epoch begins within the step where one ends."""
-        return len(self._stream) / self.config.batch.sequences
+        return self.timetable.steps_per_epoch
 
     def open(self, step: int) -> None:
         """Open and verify the text that this step begins with.
@@ -65,25 +86,29 @@ class Batches:
         Raises:
             InputError: it is damaged.
         """
-        self._stream.draw(np.array([step * self.config.batch.sequences]))
+        stretch, first = self._first(step)
+        self._packers[stretch.phase, stretch.era].stream.draw(np.array([first]))
 
-    def position(self, step: int) -> float:
-        """Return the number of epochs completed when this step begins."""
-        return step / self.steps_per_epoch
+    def sequences(self, step: int) -> int:
+        """Return the number of examples of a step."""
+        return self.timetable.at(step).sequences
 
     def check(self, world: int) -> None:
         """Raise InputError where a step has too few sequences for the ranks.
 
         A rank without a sequence would fall out of step with the others.
         """
-        batch = self.config.batch
-        uneven = batch.sequences % world != 0
-        if batch.sequences < world or (uneven and batch.micro_batch_tokens < 2 * batch.max_length):
-            raise InputError(
-                f"batch.sequences = {batch.sequences} cannot be shared by {world} ranks in packs "
-                f"of batch.micro_batch_tokens = {batch.micro_batch_tokens}; "
-                f"make it a multiple of {world}"
-            )
+        for stretch in self.timetable.stretches:
+            phase = self.timetable.phases[stretch.phase]
+            batch, sequences = phase.config.batch, stretch.sequences
+            uneven = sequences % world != 0
+            if sequences < world or (uneven and batch.micro_batch_tokens < 2 * batch.max_length):
+                where = f"phase {phase.number}: " if self.config.phase else ""
+                raise InputError(
+                    f"{where}batch.sequences = {sequences} cannot be shared by {world} ranks in "
+                    f"packs of batch.micro_batch_tokens = {batch.micro_batch_tokens}; "
+                    f"make it a multiple of {world}"
+                )
 
     def step(self, step: int, rank: int = 0, world: int = 1, at_once: int = 1) -> list[PackedBatch]:
         """Return this rank's packs of one step.
@@ -101,11 +126,18 @@ class Batches:
             InputError: as `check`.
         """
         self.check(world)
-        batch = self.config.batch
-        spans = self._stream.draw(np.arange(step * batch.sequences, (step + 1) * batch.sequences))
+        stretch, first = self._first(step)
+        packer = self._packers[stretch.phase, stretch.era]
+        batch = self.timetable.phases[stretch.phase].config.batch
+        spans = packer.stream.draw(np.arange(first, first + stretch.sequences))
         limit = max(batch.micro_batch_tokens // at_once, batch.max_length)
         packs = share_out(spans.lengths, world * at_once, limit)[rank::world]
-        return self._packer.packs(spans, packs)
+        return packer.packs(spans, packs)
+
+    def _first(self, step: int) -> tuple[Stretch, int]:
+        """Return the stretch of a step, and the number of the step's first example there."""
+        stretch = self.timetable.at(step)
+        return stretch, stretch.number + (step - stretch.first) * stretch.sequences
 
 
 def heldout_batches(dataset: TokenDataset, config: RunConfig, sequences: int) -> list[PackedBatch]:

@@ -55,7 +55,7 @@ class Spans:
             objective has no pairs, else at least one.
         labels: 0 IsNext, 1 NotNext (as in transformers), -100 where the objective has no pairs.
         keys: the random key of each example, in [0, 2**63): a function of (seed, epoch, index).
-        index: the example's number within its epoch.
+        index: the example's number within its epoch; in a mixture also its source (mixture.py).
         split: which of the stream's splits the positions are in; 0 where it has only one.
     """
 

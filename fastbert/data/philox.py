@@ -27,6 +27,7 @@ class Purpose(IntEnum):
     PAIR = 2
     MASK = 3
     BLOCKS = 4
+    SOURCE = 5
 
 
 def philox4x32(counter: np.ndarray, key: np.ndarray) -> np.ndarray:

@@ -42,11 +42,11 @@ from fastbert.config import (
     ObjectiveConfig,
     RunConfig,
     StopConfig,
-    load_config,
 )
 from fastbert.errors import InputError
 from fastbert.planning.flops import executed_flops
 from fastbert.planning.parameters import count_hidden
+from fastbert.recipe import load_config
 
 LADDER = ("demo", "library", "mini", "small", "base", "large")
 TOKENS_PER_PARAMETER = 40

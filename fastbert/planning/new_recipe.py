@@ -10,14 +10,7 @@ from pathlib import Path
 
 import torch
 
-from fastbert.config import (
-    BertConfig,
-    ObjectiveConfig,
-    RunConfig,
-    load_config,
-    packaged_recipes,
-    toml_value,
-)
+from fastbert.config import BertConfig, ObjectiveConfig, RunConfig
 from fastbert.data.dataset import TokenDataset, open_dataset
 from fastbert.data.examples import Examples
 from fastbert.data.manifest import SPLITS
@@ -36,6 +29,7 @@ from fastbert.planning.advise import (
 from fastbert.planning.parameters import count_hidden, count_parameters
 from fastbert.planning.plan import CPU, Device, plan, this_machine
 from fastbert.planning.step_speed import measure_speed
+from fastbert.recipe import load_config, packaged_recipes, toml_value
 
 # After as many steps of 2,000 tokens on the demo's text, the demo's model has a loss on [MASK] of
 # 4.93. That of the left bigram is 5.06.

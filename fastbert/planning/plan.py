@@ -20,8 +20,8 @@ import numpy as np
 from fastbert.config import BertConfig, ModelConfig, RunConfig
 from fastbert.data.batches import share_out
 from fastbert.data.dataset import TokenDataset, open_dataset
-from fastbert.data.examples import Examples
 from fastbert.data.masking import selected_counts
+from fastbert.data.streams import Era, Streams
 from fastbert.errors import InputError
 from fastbert.machine import (
     WORTH_IT,
@@ -300,7 +300,7 @@ def plan(
         near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
         hint = f"did you mean {' or '.join(near)}? " if near else ""
         raise InputError(f"--gpu {gpu}: unknown; {hint}known: {', '.join(known)}")
-    on_cpu = name == CPU
+    on_cpu, phases, config = name == CPU, len(config.phase), config.largest
     _check(config, recipe, gpus, on_cpu, efficiency, stage, mean_length, price)
     bf16 = config.runtime.precision == "bf16" or (
         config.runtime.precision == "auto" and (not on_cpu or device.bf16 >= WORTH_IT * device.fp32)
@@ -318,6 +318,11 @@ def plan(
         if stage is None:
             stage = settings.stage(precision=weights, world=gpus, optimizer=config.optimizer.name)
     vocab_size, lengths, epoch, assumptions = _examples(config, vocab_size, mean_length, dataset)
+    if phases:
+        assumptions.append(
+            f"a step with the largest batch and length of its {phases} phases, so time and cost "
+            "are upper bounds where stop.steps ends the run"
+        )
 
     P, muon = count_parameters(config.model, vocab_size), config.optimizer.name == "muon"
     packs = _packs(config, lengths, gpus)
@@ -609,26 +614,24 @@ def _examples(
     lengths = None
     if mean_length is not None:
         lengths = np.full(wanted, round(mean_length))
-    if dataset is None and status(Path(config.data)) is not None:
-        dataset = open_dataset(config.data)
-    if dataset is not None:
-        examples = Examples(
-            dataset.split("train"),
-            config.objective,
-            config.batch.max_length,
-            config.seed,
-            config.data,
-        )
-        epoch, vocab_size = len(examples), vocab_size or dataset.vocab_size
+    datasets = [dataset] if dataset else []
+    if not datasets and all(status(Path(s.path)) is not None for s in config.sources):
+        datasets = [open_dataset(source.path) for source in config.sources]
+    if datasets:
+        streams = Streams(datasets, config)
+        length, quotas = config.batch.max_length, streams.quotas(config)
+        epoch = sum(streams.epoch(i, length) for i in range(len(datasets)))
+        vocab_size = vocab_size or datasets[0].vocab_size
         if lengths is None:
-            lengths = examples.draw(0, np.arange(wanted) % epoch).lengths
+            mixture = streams.mixture(Era(length, quotas, (0,) * len(datasets)))
+            lengths = mixture.draw(np.arange(wanted)).lengths
     if not vocab_size:
         vocab_size = 30522
         assumptions.append(
-            f"{config.data} is not here: a vocabulary of {vocab_size:,} tokens, as BERT's"
+            f"{config.shown_data} is not here: a vocabulary of {vocab_size:,} tokens, as BERT's"
         )
     if lengths is None:
         mean = (0.5 if config.objective.segments == "single" else 0.95) * config.batch.max_length
         lengths = np.full(wanted, round(mean))
-        assumptions.append(f"{config.data} is not here: {mean:.0f} tokens per example")
+        assumptions.append(f"{config.shown_data} is not here: {mean:.0f} tokens per example")
     return vocab_size, lengths, epoch, assumptions

@@ -133,13 +133,24 @@ def evaluate(
             f"{pretrained.path}: no weights of an MLM head; there is no loss to measure"
         )
     recipe = pretrained.recipe or _recipe_for(pretrained)
-    data = data or recipe.data
+    paths = [source.path for source in recipe.sources]
+    if data is None and len(paths) > 1:
+        raise InputError(
+            f"{pretrained.path}: trained on a mixture; choose the source to evaluate on with "
+            f"--data: {', '.join(paths)} (metrics.jsonl has the losses of each source during "
+            "training)"
+        )
+    data = data or paths[0]
     if not data:
         raise InputError(
             f"{pretrained.path}: not a run, so it names no dataset; give one with --data"
         )
     dataset = open_verified(data, group)
     _check_vocabulary(pretrained, dataset)
+    if recipe.phase:
+        # A phase with longer sequences may not have begun.
+        longest = min(recipe.largest.batch.max_length, pretrained.max_length)
+        recipe = replace(recipe, batch=replace(recipe.batch, max_length=longest))
     if NSP not in pretrained.heads:
         recipe = replace(recipe, objective=replace(recipe.objective, kind="mlm"))
     batches = heldout_batches(dataset, recipe, sequences or recipe.evaluate.sequences)

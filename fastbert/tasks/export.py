@@ -20,7 +20,6 @@ import torch
 from fastbert.checkpoints.hugging_face import new_folder, write_folder
 from fastbert.checkpoints.weight_names import table_of, to_hugging_face
 from fastbert.checkpoints.weight_table import HEADS, MLM, NSP
-from fastbert.config import dump_config
 from fastbert.data.dataset import TokenDataset, open_dataset
 from fastbert.data.packing import PackedBatch, pack_texts
 from fastbert.data.tokenizer import kind_of
@@ -28,6 +27,7 @@ from fastbert.errors import InputError
 from fastbert.models.bert import BertForPreTraining
 from fastbert.models.build import Model
 from fastbert.presence import unreadable
+from fastbert.recipe import dump_config
 from fastbert.tasks.pretrained import Pretrained, fit_pair
 from fastbert.training.heldout import HeldOut
 from fastbert.training.metrics import read_metrics
@@ -264,18 +264,27 @@ def _open_with_transformers(folder: Path, architecture: str) -> tuple[Any, Any]:
     return model.eval(), transformers.AutoTokenizer.from_pretrained(folder)
 
 
-def _dataset_of(pretrained: Pretrained, verify: bool) -> TokenDataset | None:
-    """Return the dataset that the run was trained on, if it still exists and is unchanged.
+def _datasets_of(pretrained: Pretrained, verify: bool) -> list[TokenDataset | None]:
+    """Return the datasets that the run was trained on; None for those that are gone or changed.
 
-    `verify` must be set where its tokens are read.
+    `verify` must be set where their tokens are read.
     """
     if pretrained.recipe is None:
-        return None
-    try:
-        dataset = open_dataset(pretrained.recipe.data, verify)
-    except InputError:
-        return None
-    return dataset if dataset.sha256 == pretrained.metadata.get("dataset_sha256") else None
+        return []
+    found: list[TokenDataset | None] = []
+    for source, digest in zip(pretrained.recipe.sources, _digests(pretrained), strict=False):
+        try:
+            dataset = open_dataset(source.path, verify)
+        except InputError:
+            dataset = None
+        found.append(dataset if dataset and dataset.sha256 == digest else None)
+    return found
+
+
+def _digests(pretrained: Pretrained) -> list[str]:
+    """Return the SHA-256 of each dataset's manifest, as the checkpoint says."""
+    digests = pretrained.metadata.get("dataset_sha256", "")
+    return digests if isinstance(digests, list) else [digests]
 
 
 def _heldout_pairs(pretrained: Pretrained) -> list[tuple[str, str]]:
@@ -283,7 +292,7 @@ def _heldout_pairs(pretrained: Pretrained) -> list[tuple[str, str]]:
 
     The list is empty where the run's dataset is gone.
     """
-    dataset = _dataset_of(pretrained, verify=True)
+    dataset = next(filter(None, _datasets_of(pretrained, verify=True)), None)
     if dataset is None:
         return []
     split = dataset.split("heldout")
@@ -352,21 +361,29 @@ def _data(pretrained: Pretrained) -> list[str]:
     The digest is that of the dataset's manifest, which covers every file.
     """
     assert pretrained.recipe is not None
-    digest = pretrained.metadata.get("dataset_sha256", "")
-    said = f"The dataset `{pretrained.recipe.data}` (manifest SHA-256 `{digest}`)"
-    dataset = _dataset_of(pretrained, verify=False)
-    if dataset is None:
-        return [f"{said}; it no longer existed when this folder was written."]
-    rows = []
-    for name in ("train", "heldout"):
-        split = dataset.split(name)
-        rows.append((name, f"{split.documents:,}", f"{split.sentences:,}", f"{split.tokens:,}"))
-    table = [
-        "| split | documents | sentences | tokens |",
-        "| --- | --- | --- | --- |",
-        *(f"| {' | '.join(row)} |" for row in rows),
-    ]
-    return [f"{said}:", "", *table]
+    lines: list[str] = []
+    sources, datasets = pretrained.recipe.sources, _datasets_of(pretrained, verify=False)
+    for source, digest, dataset in zip(sources, _digests(pretrained), datasets, strict=False):
+        said = f"The dataset `{source.path}` (manifest SHA-256 `{digest}`)"
+        lines += [""] if lines else []
+        if dataset is None:
+            lines.append(f"{said}; it no longer existed when this folder was written.")
+            continue
+        rows = []
+        for name in ("train", "heldout"):
+            split = dataset.split(name)
+            counts = (split.documents, split.sentences, split.tokens)
+            rows.append((name, *(f"{count:,}" for count in counts)))
+        lines += [
+            f"{said}:",
+            "",
+            "| split | documents | sentences | tokens |",
+            "| --- | --- | --- | --- |",
+            *(f"| {' | '.join(row)} |" for row in rows),
+        ]
+    if len(sources) > 1:
+        lines += ["", "They are mixed by the weights in the recipe below."]
+    return lines
 
 
 def _figures(pretrained: Pretrained) -> list[str]:

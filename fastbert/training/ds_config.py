@@ -17,8 +17,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from fastbert.config import DEEPSPEED, RunConfig
+from fastbert.config import RunConfig
 from fastbert.errors import InputError
+from fastbert.recipe import DEEPSPEED
 from fastbert.regular_file import read_text
 from fastbert.training.ds_keys import (
     COUNT,

@@ -7,7 +7,8 @@ copied, which hides that nothing was learned.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -41,6 +42,43 @@ class HeldOut:
     @property
     def finite(self) -> bool:
         return math.isfinite(self.loss)
+
+
+@dataclass(frozen=True)
+class HeldOutSource:
+    """The held-out text of one source of a mixture.
+
+    Attributes:
+        name: of the source.
+        share: its share in the loss of all sources together; these add up to 1.
+        batches: its held-out batches.
+    """
+
+    name: str
+    share: float
+    batches: list[PackedBatch]
+
+
+def together(found: Sequence[HeldOut], shares: Sequence[float]) -> HeldOut:
+    """Return the means over sources, each with its share of the mixture.
+
+    A source that has no value, for example no pairs, is left out of that mean.
+
+    Args:
+        found: of each source.
+        shares: as in HeldOutSource.
+    """
+    if len(found) == 1:
+        return found[0]
+    values: dict[str, float | None] = {}
+    for field in fields(HeldOut):
+        given = [
+            (getattr(one, field.name), share) for one, share in zip(found, shares, strict=True)
+        ]
+        given = [(value, share) for value, share in given if value is not None and share]
+        total = sum(share for _, share in given)
+        values[field.name] = sum(v * share for v, share in given) / total if given else None
+    return HeldOut(**values)  # pyright: ignore[reportArgumentType]
 
 
 def heldout_sums(losses: Losses, batch: PackedBatch, mask_id: int) -> Tensor:

@@ -11,11 +11,12 @@ from pathlib import Path
 
 from fastbert.checkpoints.model_folder import ModelParts, open_model
 from fastbert.checkpoints.weight_table import DECODER
-from fastbert.config import BertConfig, ModelConfig, RunConfig, check_config
+from fastbert.config import BertConfig, ModelConfig, RunConfig
 from fastbert.data.dataset import TokenDataset
 from fastbert.data.tokenizer import load_tokenizer, same_tokens
 from fastbert.errors import InputError
 from fastbert.models.build import Model
+from fastbert.recipe import check_config
 
 # Weights with a row for each token.
 PER_TOKEN = ("embeddings.word", "mlm_head.vocabulary_bias", DECODER)
@@ -50,11 +51,12 @@ def with_sizes(config: RunConfig, found: ModelConfig, recipe: str) -> RunConfig:
         InputError: the recipe has another architecture, or itself sets another size, or an
             initialization that `init` replaces.
     """
-    model = config.model
+    model, key = config.model, "init" if config.branch_from is None else "branch_from"
+    start = f"{key} = {getattr(config, key)!r}"
     if model.type != found.type:
         raise InputError(
-            f'{recipe}: model.type = "{model.type}", but init = {config.init!r} has '
-            f'"{found.type}"; set model.type = "{found.type}", or leave init out'
+            f'{recipe}: model.type = "{model.type}", but {start} has '
+            f'"{found.type}"; set model.type = "{found.type}", or leave {key} out'
         )
     chosen = {name for name in found.of_positions if name in config.given}
     own = chosen.union(found.of_training)
@@ -63,10 +65,14 @@ def with_sizes(config: RunConfig, found: ModelConfig, recipe: str) -> RunConfig:
         mine, theirs = getattr(model, name), getattr(found, name)
         if name in config.given and mine != theirs:
             raise InputError(
-                f"{recipe}: model.{name} = {mine}, but init = {config.init!r} has {theirs}; "
-                "leave it out, or leave init out"
+                f"{recipe}: model.{name} = {mine}, but {start} has {theirs}; "
+                f"leave it out, or leave {key} out"
             )
-    if isinstance(model, BertConfig) and model.initial_attention != BertConfig.initial_attention:
+    if (
+        key == "init"
+        and isinstance(model, BertConfig)
+        and model.initial_attention != BertConfig.initial_attention
+    ):
         raise InputError(
             f'{recipe}: model.initial_attention = "{model.initial_attention}" '
             f"and init = {config.init!r}: choose one"

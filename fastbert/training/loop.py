@@ -172,12 +172,12 @@ def _open_run(setup: Setup, group: Group, watchdog: Watchdog, stop_request: Stop
         ) as engine,
         Monitor(
             folder,
-            step=state.step,
+            step=0 if setup.start.branches else state.step,
             criteria=setup.criteria,
             peak=peak,
             vocab_size=setup.dataset.vocab_size,
             recipe=config,
-            baselines=setup.dataset.baselines,
+            baselines=setup.baselines,
             is_main=group.is_main,
         ) as monitor,
         Prefetch(setup.batches, state.step, group.rank, group.world, setup.at_once) as feed,
@@ -205,13 +205,17 @@ def _introduce(setup: Setup, group: Group, engine: Engine, monitor: Monitor, cor
         f"{setup.precision.name} ({setup.precision.why}), kernels {setup.model.impl}, "
         f"ZeRO stage {engine.stage}, {cores} threads{at_once}"
     )
-    positions, longest = setup.config.model.max_position_embeddings, setup.trained_length
+    positions = setup.config.model.max_position_embeddings
+    longest = max(setup.trained_length, setup.config.largest.batch.max_length)
     if longest < positions:
         monitor.say(
             f"note: batch.max_length = {longest}: the model will read texts of {longest} tokens at "
             f"most, since its positions up to max_position_embeddings = {positions} stay untrained"
         )
-    if (found := setup.start.checkpoint) is not None:
+    if (found := setup.start.checkpoint) is not None and setup.start.branches:
+        monitor.say(f"branching after step {found.step:,} from {found.path}")
+        monitor.event("branch", found.step, checkpoint=str(found.path))
+    elif found is not None:
         monitor.say(f"resuming after step {found.step:,} from {found.path}")
         monitor.event("resume", found.step, checkpoint=found.path.name)
 

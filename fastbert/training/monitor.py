@@ -14,12 +14,13 @@ import shutil
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Any, TextIO
 
+import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, TaskProgressColumn, TextColumn
 from rich.progress import Progress as Bar
@@ -28,6 +29,8 @@ from torch.utils.tensorboard import SummaryWriter
 
 from fastbert.checkpoints.saver import Saved
 from fastbert.config import LOSSES, RunConfig
+from fastbert.data.mixture import source_of
+from fastbert.data.phases import Phase
 from fastbert.durable import named
 from fastbert.terminal import can_redraw, one_line, safe
 from fastbert.training import diagnosis
@@ -153,7 +156,7 @@ class Monitor:
         """Write an event to metrics.jsonl.
 
         Args:
-            kind: "evaluate", "save", "skip", "resume" or "stop".
+            kind: "evaluate", "phase", "save", "skip", "resume", "branch" or "stop".
             step: optimizer steps done.
             values: further keys.
         """
@@ -213,24 +216,51 @@ class Monitor:
         if time.perf_counter() - window.began >= (BAR_EVERY_S if self._redraws else LINE_EVERY_S):
             self._show(done)
 
-    def evaluate(self, done: TrainState, found: HeldOut, seconds: float) -> None:
+    def phase(self, step: int, phase: Phase) -> None:
+        """Report a phase of the recipe that begins, or that a process begins with.
+
+        Args:
+            step: optimizer steps done.
+            phase: that of the next step.
+        """
+        if self.is_main:
+            self._metrics.write(record := phase_record(step, phase))
+            self._history.add(record)
+            self.say(describe(phase))
+
+    def evaluate(
+        self,
+        done: TrainState,
+        found: HeldOut,
+        seconds: float,
+        by_source: Mapping[str, HeldOut] = MappingProxyType({}),
+    ) -> None:
         """Report a held-out evaluation, and what it says about the run.
 
         Args:
             done: the counters at this evaluation.
             found: its losses.
             seconds: how long it took.
+            by_source: the losses of each source; those of a single one are not reported again.
         """
         if not self.is_main:
             return
         record = {"event": "evaluate", "step": done.step, **asdict(found), "seconds": seconds}
         record |= {"training_tokens": done.tokens, "training_seconds": done.seconds}
+        several = by_source if len(by_source) > 1 else {}
+        if several:
+            record["sources"] = {name: asdict(one) for name, one in several.items()}
         self._metrics.write(record)
         self._history.add(record)
         self._scalars("heldout", done.step, asdict(found))
         share = self._criteria.share(done)
         text = self._format(found) if found.finite else "the loss is not finite"
         self.say(f"held-out at step {done.step:,}: {text}")
+        if several:
+            parts = [f"{name} {one.loss_mlm:.3f}" for name, one in several.items()]
+            self.say(f"MLM loss by source: {', '.join(parts)}")
+        for name, one in several.items():
+            self._scalars(f"heldout/{name}", done.step, asdict(one))
         lost = diagnosis.diverged(found.loss, self._vocab_size, self._recipe)
         self._advise("diverged", lost)
         if lost is None and done.step >= diagnosis.EARLY:
@@ -252,11 +282,15 @@ class Monitor:
         Args:
             step: optimizer steps done.
             reason: what was not finite.
-            examples: indices in the epoch of the examples whose own loss is not finite.
+            examples: indices in the epoch of the examples whose own loss is not finite, as in
+                `Spans.index`.
             sequences: how many examples the step had.
         """
-        self.event("skip", step, reason=reason, examples=examples)
-        shown = ", ".join(map(str, examples[:8])) + (", ..." if len(examples) > 8 else "")
+        names: Sequence[int | str] = examples
+        if len(self._recipe.sources) > 1:
+            names = [example_name(example, self._recipe.source_names) for example in examples]
+        self.event("skip", step, reason=reason, examples=names)
+        shown = ", ".join(map(str, names[:8])) + (", ..." if len(names) > 8 else "")
         where = "in no single example" if not examples else f"for the examples {shown} of the epoch"
         if len(examples) == sequences:
             where = "for every example: the weights have diverged; no single example is to blame"
@@ -389,6 +423,49 @@ class Monitor:
         if (problem := write_picture(self.run / "loss.png", figure)) is not None:
             log.warning(problem)
         self._drawn = time.perf_counter()
+
+
+def example_name(example: int, sources: Sequence[str]) -> str:
+    """Return the source of an example of a mixture, and its index there, such as "wiki:17"."""
+    source, index = source_of(np.array(example))
+    return f"{sources[int(source)]}:{int(index)}"
+
+
+def phase_record(step: int, phase: Phase) -> dict[str, Any]:
+    """The event of a phase in metrics.jsonl: when it begins and ends, and what holds in it.
+
+    Args:
+        step: steps done.
+        phase: that of the next step.
+    """
+    config = phase.config
+    return {
+        "event": "phase",
+        "step": step,
+        "phase": phase.number,
+        "first_step": phase.first,
+        "end_step": phase.end,
+        "mask_rate": config.objective.mask_rate,
+        "max_length": config.batch.max_length,
+        "sequences": config.batch.sequences,
+    }
+
+
+def describe(phase: Phase) -> str:
+    """The line of the log on a phase that begins."""
+    config, settings = phase.config, phase.settings
+    parts = [
+        f"mask rate {config.objective.mask_rate:g}",
+        f"{config.batch.sequences:,} sequences of up to {config.batch.max_length} tokens",
+    ]
+    if settings.batch.warmup_tokens:
+        parts[1] += f" (growing for {settings.batch.warmup_tokens:,} tokens)"
+    if settings.weights is not None:
+        parts.append(f"weights {settings.weights}")
+    if settings.schedule is not None:
+        parts.append(f"its own schedule, decay {settings.schedule.decay}")
+    until = "until the run stops" if phase.end is None else f"to {phase.end:,}"
+    return f"phase {phase.number}, from step {phase.first:,} {until}: {', '.join(parts)}"
 
 
 class _LogFile(logging.FileHandler):

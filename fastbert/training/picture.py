@@ -81,13 +81,23 @@ def loss_figure(history: History, title: str, baselines: Mapping[str, float]) ->
 
 
 def draw_mlm(ax: Any, history: History, baselines: Mapping[str, float]) -> None:
-    """Draw the MLM losses, with each baseline as a line and its name to the right."""
+    """Draw the MLM losses, with each baseline as a line and its name to the right.
+
+    Dotted vertical lines show where a phase begins.
+    """
     ax.plot(*history.smooth("loss_mlm"), color=TRAIN, linewidth=1.6, label="training batches")
     ax.plot(*history.evaluated("loss_mlm"), color=HELDOUT, label="held-out", **_DOTS)
     shown = history.evaluated("loss_mask_token")
     ax.plot(*shown, color=MASKED, label="held-out, [MASK] alone", **_DOTS)
+    # The sources of a mixture, whose mean is the held-out line. Their names are in the legend.
+    for name in {name: None for e in history.evaluations for name in e.get("sources", {})}:
+        found = [(e["step"], e["sources"][name]["loss_mlm"]) for e in history.evaluations]
+        ax.plot(*zip(*found, strict=True), color=MUTED, linewidth=0.9, label=name)
     for value, name in sorted((value, name) for name, value in baselines.items() if name in NAMES):
         _level(ax, value, f"{NAMES[name]} {value:.2f}")
+    begun = {e["first_step"] for e in history.events if e["event"] == "phase"}
+    for step in begun - {0}:
+        ax.axvline(step, color=MUTED, linewidth=0.8, linestyle=(0, (1, 2)), zorder=0)
     ax.legend(frameon=False, labelcolor=INK, fontsize="small", loc="upper right")
 
 

@@ -14,10 +14,11 @@ from fastbert.cluster.group import Group
 from fastbert.cluster.signals import StopRequest
 from fastbert.cluster.watchdog import Watchdog
 from fastbert.data.packing import PackedBatch
+from fastbert.data.phases import Phase
 from fastbert.data.prefetch import Prefetch
 from fastbert.planning.flops import executed_flops
 from fastbert.training.engine import Engine, NotFinite
-from fastbert.training.heldout import HeldOut
+from fastbert.training.heldout import HeldOut, together
 from fastbert.training.monitor import Monitor
 from fastbert.training.schedule import factor
 from fastbert.training.setup import Setup
@@ -122,6 +123,7 @@ class Run:
         self._found: HeldOut | None = None
         # This rank's packs of the last applied step.
         self._last_applied: list[PackedBatch] | None = None
+        self._phase: Phase | None = None
 
     @property
     def state(self) -> TrainState:
@@ -137,11 +139,12 @@ class Run:
 
     def step(self) -> None:
         """Take the next batch, and apply its gradient if that is finite."""
-        config, state, result = self.setup.config, self.state, None
+        state, result = self.state, None
+        self._begin_phase()
         self.consensus.tick(f"step {state.step + 1}")
         _, packs, waited = next(self.feed)
         started = time.perf_counter()
-        lr = config.optimizer.lr * factor(config.schedule, self.criteria.scheduled(state))
+        lr = self._lr()
         try:
             result = self.engine.step(packs, lr)
             state.applied(result.tokens)
@@ -158,11 +161,14 @@ class Run:
     def evaluate(self) -> None:
         """Measure the held-out losses."""
         started = time.perf_counter()
-        self._found = self.engine.evaluate(self.setup.heldout, self.setup.dataset.special.mask)
+        sources, mask_id = self.setup.heldout_now, self.setup.dataset.special.mask
+        found = [self.engine.evaluate(source.batches, mask_id) for source in sources]
+        self._found = together(found, [source.share for source in sources])
         seconds = time.perf_counter() - started
         self.state.update_best(self._found.loss, self.setup.config.stop.min_delta)
         self._agree()
-        self.monitor.evaluate(self.state, self._found, seconds)
+        by_source = {s.name: one for s, one in zip(sources, found, strict=True)}
+        self.monitor.evaluate(self.state, self._found, seconds, by_source)
 
     def save_when_due(self) -> None:
         """Publish the save in flight if it is written and proven; begin the next one if it is due.
@@ -208,15 +214,38 @@ class Run:
         self.saver.wait()
         return last
 
+    def _lr(self) -> float:
+        """The learning rate of the next step, by the schedule of its phase or of the run."""
+        config, step = self.setup.config, self.state.step
+        phase = self.setup.batches.timetable.phase_at(step)
+        if phase.settings.schedule is not None:
+            return config.optimizer.lr * factor(phase.settings.schedule, phase.share(step))
+        return config.optimizer.lr * factor(config.schedule, self.criteria.scheduled(self.state))
+
+    def _begin_phase(self) -> None:
+        """Report a phase that begins with the next step.
+
+        With another max_length the held-out text is another one, so the best loss is forgotten.
+        """
+        timetable, step = self.setup.batches.timetable, self.state.step
+        phase = timetable.phase_at(step)
+        if len(timetable.phases) == 1 or phase is self._phase:
+            return
+        self._phase = phase
+        self.monitor.phase(step, phase)
+        if step == phase.first and phase.number > 1:
+            before = timetable.phases[phase.number - 2].config.batch
+            if before.max_length != phase.config.batch.max_length:
+                self.state.forget_best()
+
     def _skip(self, error: NotFinite) -> None:
         """Count a step that was not applied, and report the examples that caused it."""
         self.state.skip()
         bad_examples = sorted(
             example for examples in self.group.gather(error.examples) for example in examples
         )
-        self.monitor.skip(
-            self.state.step, str(error), bad_examples, self.setup.config.batch.sequences
-        )
+        sequences = self.setup.batches.sequences(self.state.step - 1)
+        self.monitor.skip(self.state.step, str(error), bad_examples, sequences)
         self.diverged = self.state.skipped_in_a_row > self.setup.config.stop.skipped
 
     def _agree(self) -> bool:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 
-from fastbert.config import ScheduleConfig
+from fastbert.config import RateConfig
 
 
-def factor(schedule: ScheduleConfig, share: float) -> float:
+def factor(schedule: RateConfig, share: float) -> float:
     """The factor on the peak learning rate.
 
     Warm-up is linear from 0. After it, `linear` falls linearly to 0 at the end, `cosine` falls to 0

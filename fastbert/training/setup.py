@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -26,34 +26,31 @@ from fastbert.checkpoints.model_folder import ModelParts, tokenizer_sha256, trai
 from fastbert.checkpoints.ownership import CLAIM, RunLock
 from fastbert.checkpoints.weight_names import check_layers, shapes
 from fastbert.cluster.group import Group
-from fastbert.config import (
-    DEEPSPEED,
-    RunConfig,
-    dump_config,
-    load_config,
-    parse_config,
-    settings_of,
-)
+from fastbert.config import RunConfig, settings_of
 from fastbert.data.batches import Batches, heldout_batches
 from fastbert.data.dataset import TokenDataset
 from fastbert.data.manifest import tokenizer_files
-from fastbert.data.packing import PackedBatch
+from fastbert.data.mixture import BLOCK
+from fastbert.data.phases import Position
 from fastbert.data.tokenizer import load_tokenizer
 from fastbert.durable import write_whole
 from fastbert.errors import InputError
 from fastbert.machine import memory_sizes, processes_for
 from fastbert.models.build import Model, build_model
 from fastbert.presence import is_file, is_folder, names_in, status, unreadable
+from fastbert.recipe import DEEPSPEED, dump_config, load_config, parse_config
 from fastbert.regular_file import read_bytes
+from fastbert.training.branch import ORIGIN, begin_state, open_parent, origin_in, position_of
 from fastbert.training.ds_config import DeepSpeedSettings, read_ds_config
 from fastbert.training.engine import check_settings
 from fastbert.training.graphs import check_cuda_graphs
+from fastbert.training.heldout import HeldOutSource
 from fastbert.training.initial import open_initial, put, with_sizes
 from fastbert.training.metrics import read_metrics
 from fastbert.training.optimizer import slots
 from fastbert.training.precision import Precision, resolve_precision
 from fastbert.training.train_state import StopCriteria, TrainState
-from fastbert.training.verified_dataset import open_verified
+from fastbert.training.verified_dataset import open_sources
 
 # Keys that may differ between a checkpoint and the recipe that resumes it: where files are, when
 # the run ends, what it reports and how it is executed. The keys of NOTED may differ too, since they
@@ -62,6 +59,7 @@ from fastbert.training.verified_dataset import open_verified
 FREE = (
     "data",
     "run",
+    "branch_from",
     "model.preset",
     "stop",
     "evaluate",
@@ -79,6 +77,15 @@ NOTED = (
     "optimizer.max_grad_norm",
     "schedule",
 )
+# What a branch of another run may change beside these: what its later examples are.
+BRANCH_NOTED = (
+    "weights",
+    "phase",
+    "objective.mask_rate",
+    "batch.max_length",
+    "batch.sequences",
+)
+BRANCH_FREE = ("init",)
 
 
 @dataclass(frozen=True)
@@ -88,12 +95,14 @@ class Start:
     Attributes:
         run: the run folder, which may be written to.
         checkpoint: the checkpoint to resume from; None for a start from the beginning.
+        branches: the checkpoint is that of another run, from which this one branches off.
         notes: lines for the user, for example on damaged checkpoints that were skipped.
     """
 
     run: Path
     checkpoint: Checkpoint | None
     notes: list[str] = field(default_factory=list)
+    branches: bool = False
 
     def dump(self) -> dict[str, Any]:
         """Convert to JSON, for the other ranks."""
@@ -103,6 +112,7 @@ class Start:
             "checkpoint": found
             and {"path": str(found.path), "step": found.step, "metadata": found.metadata},
             "notes": self.notes,
+            "branches": self.branches,
         }
 
     @staticmethod
@@ -113,16 +123,19 @@ class Start:
             Path(values["run"]),
             found and Checkpoint(Path(found["path"]), found["step"], found["metadata"]),
             values["notes"],
+            values["branches"],
         )
 
 
-def open_run(config: RunConfig, recipe: str, dataset: TokenDataset, resume: bool) -> Start:
+def open_run(
+    config: RunConfig, recipe: str, datasets: Sequence[TokenDataset], resume: bool
+) -> Start:
     """Find where to begin; it writes nothing.
 
     Args:
         config: the recipe.
         recipe: its path, for messages.
-        dataset: the run's dataset.
+        datasets: those of the run.
         resume: --resume was given.
 
     Raises:
@@ -134,8 +147,14 @@ def open_run(config: RunConfig, recipe: str, dataset: TokenDataset, resume: bool
     _check_folder(run, place)
     if not checkpoint.exists(run):
         _check_nothing_is_lost(run, place, resume)
-        note = f"{run}: no checkpoint to resume from; starting from the beginning"
-        return Start(run, None, [note] if resume else [])
+        start = "the beginning" if config.branch_from is None else config.branch_from
+        note = f"{run}: no checkpoint to resume from; starting from {start}"
+        notes = [note] if resume else []
+        if config.branch_from is None:
+            return Start(run, None, notes)
+        parent = open_parent(config.branch_from, recipe)
+        changes = _check_same_run(config, recipe, datasets, parent, branches=True)
+        return Start(run, parent, [*notes, *changes], branches=True)
     if not resume:
         raise InputError(
             f"{place}: holds a run with checkpoints; "
@@ -149,7 +168,7 @@ def open_run(config: RunConfig, recipe: str, dataset: TokenDataset, resume: bool
         )
     if notes:
         notes = [*notes, f"resuming from {found.path}, the newest valid one"]
-    return Start(run, found, [*notes, *_check_same_run(config, recipe, dataset, found)])
+    return Start(run, found, [*notes, *_check_same_run(config, recipe, datasets, found)])
 
 
 def _check_folder(run: Path, place: str) -> None:
@@ -217,41 +236,77 @@ class Setup:
 
     Attributes:
         config: the resolved recipe.
-        dataset: the verified dataset.
+        datasets: the verified datasets, in the order of config.data.
         settings: the checked ds_config.json.
         start: where the run begins.
         batches: the training batches.
-        heldout: all held-out batches.
+        heldout: the held-out batches of each source, by maximum length.
         precision: "fp32" or "bf16", what it means here, and the reason.
         at_once: how many packs each rank computes at once.
         model: fp32, with the first weights.
         state: the run's counters.
         criteria: the recipe's stop conditions.
-        trained_length: the longest sequence, in tokens, that the weights were trained on, or are
-            trained on in this run.
+        trained_before: the longest sequence, in tokens, that the weights were trained on before
+            this start; 0 where it has the first weights.
         tokenizer_sha256: of the dataset's tokenizer.
     """
 
     config: RunConfig
-    dataset: TokenDataset
+    datasets: tuple[TokenDataset, ...]
     settings: DeepSpeedSettings
     start: Start
     batches: Batches
-    heldout: list[PackedBatch]
+    heldout: dict[int, list[HeldOutSource]]
     precision: Precision
     at_once: int
     model: Model
     state: TrainState
     criteria: StopCriteria
-    trained_length: int
+    trained_before: int
     tokenizer_sha256: str
+
+    @property
+    def dataset(self) -> TokenDataset:
+        """The first dataset; all have the same tokenizer."""
+        return self.datasets[0]
+
+    @property
+    def trained_length(self) -> int:
+        """The longest sequence that the weights were trained on, or will be in the first step."""
+        timetable = self.batches.timetable
+        first, end = timetable.first_step, max(self.state.step, timetable.first_step + 1)
+        # A branch made no steps of the phases that were over when it began.
+        own = [p for p in timetable.phases if p.first < end and (p.end is None or p.end > first)]
+        return max(self.trained_before, *(phase.config.batch.max_length for phase in own))
+
+    @property
+    def heldout_now(self) -> list[HeldOutSource]:
+        """The held-out batches of the phase of the last step."""
+        phase = self.batches.timetable.phase_at(max(self.state.step - 1, 0))
+        return self.heldout[phase.config.batch.max_length]
+
+    @property
+    def baselines(self) -> dict[str, float]:
+        """The losses of count models, nats per token: means over the sources by their shares."""
+        shares = [source.share for source in next(iter(self.heldout.values()))]
+        found = [dataset.baselines for dataset in self.datasets]
+        names = [name for name in found[0] if all(name in one for one in found)]
+        if len(found) == 1:
+            return found[0]
+        return {
+            name: sum(one[name] * share for one, share in zip(found, shares, strict=True))
+            for name in names
+        }
 
     @property
     def metadata(self) -> dict[str, Any]:
         """The metadata of a checkpoint."""
+        digests = [dataset.sha256 for dataset in self.datasets]
+        origin = self.batches.timetable.origin
         return {
             "recipe": dump_config(self.config),
-            "dataset_sha256": self.dataset.sha256,
+            "dataset_sha256": digests[0] if len(digests) == 1 else digests,
+            **({ORIGIN: origin.dump()} if origin else {}),
             "vocab_size": self.dataset.vocab_size,
             "tokenizer_sha256": self.tokenizer_sha256,
             "trained_length": self.trained_length,
@@ -273,16 +328,17 @@ def set_up(config: RunConfig, recipe: str, resume: bool, group: Group) -> Setup:
     """
     start = initial = None
     with group.raise_on_all_ranks():
-        if config.init is not None:
+        if config.branch_from is not None:
+            config = _as_parent(config, recipe, resume)
+        elif config.init is not None:
             config, initial = _start_from(config, recipe, resume)
         settings = read_ds_config(config, recipe)
         check_settings(settings)
-    dataset = open_verified(config.data, group, config.order.window)
+    paths = [source.path for source in config.sources]
+    datasets = open_sources(paths, group, config.order.window)
+    dataset = datasets[0]
     with group.raise_on_all_ranks():
-        _check_memory(config, dataset.vocab_size, group.world, recipe)
-        batches = Batches(dataset, config)
-        heldout = heldout_batches(dataset, config, config.evaluate.sequences)
-        batches.check(group.world)
+        _check_memory(config.largest, dataset.vocab_size, group.world, recipe)
         torch.manual_seed(config.seed)
         model = build_model(
             config.model, dataset.vocab_size, config.runtime.kernels, group.device.type
@@ -290,15 +346,18 @@ def set_up(config: RunConfig, recipe: str, resume: bool, group: Group) -> Setup:
         if config.init is not None and initial is not None:
             put(config.init, initial, model, dataset, recipe)
         if group.is_main:
-            start = open_run(config, recipe, dataset, resume)
+            start = open_run(config, recipe, datasets, resume)
     start = Start.load(group.broadcast(start.dump() if start else None))
     with group.raise_on_all_ranks():
+        batches = Batches(datasets, config, _origin(start, datasets))
+        batches.check(group.world)
+        heldout = _heldout(config, batches)
         batches.open(start.checkpoint.step if start.checkpoint else 0)
     precision = resolve_precision(
         config.runtime.precision,
         _precision_before(start.checkpoint),
         model.impl,
-        _largest_product(config, dataset.vocab_size),
+        _largest_product(config.largest, dataset.vocab_size),
         group,
         recipe,
     )
@@ -313,12 +372,13 @@ def set_up(config: RunConfig, recipe: str, resume: bool, group: Group) -> Setup:
         at_once = 1
         # Stage 3 moves weights, and Triton's interpreter runs one kernel at a time.
         if group.device.type == "cpu" and stage < 3 and model.impl != "triton":
-            at_once = processes_for(config.batch.sequences // group.world, torch.get_num_threads())
+            smallest = min(stretch.sequences for stretch in batches.timetable.stretches)
+            at_once = processes_for(smallest // group.world, torch.get_num_threads())
     _check_same_everywhere(
         group,
         {
             f"{recipe}: the recipe": hashlib.sha256(dump_config(config).encode()).hexdigest(),
-            f"data = {config.data!r}: the dataset's manifest": dataset.sha256,
+            **{f"data = {str(d.path)!r}: the dataset's manifest": d.sha256 for d in datasets},
             f"{config.runtime.deepspeed or DEEPSPEED.name}: the file": hashlib.sha256(
                 json.dumps(settings.values, sort_keys=True).encode()
             ).hexdigest(),
@@ -336,7 +396,7 @@ def set_up(config: RunConfig, recipe: str, resume: bool, group: Group) -> Setup:
     earlier = min(earlier, config.model.max_position_embeddings)
     return Setup(
         config=config,
-        dataset=dataset,
+        datasets=datasets,
         settings=settings,
         start=start,
         batches=batches,
@@ -344,13 +404,59 @@ def set_up(config: RunConfig, recipe: str, resume: bool, group: Group) -> Setup:
         precision=precision,
         at_once=at_once,
         model=model,
-        state=TrainState.read(found.metadata["progress"], str(found.path))
-        if found
-        else TrainState(),
+        state=_state(start),
         criteria=StopCriteria(config, batches.steps_per_epoch),
-        trained_length=max(config.batch.max_length, earlier),
+        trained_before=earlier,
         tokenizer_sha256=tokenizer_sha256(load_tokenizer(dataset.tokenizer_dir)),
     )
+
+
+def _state(start: Start) -> TrainState:
+    """Return the counters with which the run begins."""
+    found = start.checkpoint
+    if found is None:
+        return TrainState()
+    if start.branches:
+        return begin_state(found)
+    return TrainState.read(found.metadata["progress"], str(found.path))
+
+
+def _origin(start: Start, datasets: Sequence[TokenDataset]) -> Position | None:
+    """Return where a branch begins in the data; None where the run is no branch."""
+    if start.checkpoint is None:
+        return None
+    if start.branches:
+        return position_of(start.checkpoint, datasets)
+    return origin_in(start.checkpoint)
+
+
+def _heldout(config: RunConfig, batches: Batches) -> dict[int, list[HeldOutSource]]:
+    """Return the held-out batches of each source, for each max_length that a phase has.
+
+    The shares are those of the recipe, whatever the weights of a phase, so that the losses of all
+    phases can be compared.
+    """
+    found: dict[int, list[HeldOutSource]] = {}
+    datasets, shares = batches.streams.datasets, batches.streams.quotas(config)
+    for phase in batches.timetable.phases:
+        length = phase.config.batch.max_length
+        if length not in found:
+            packs = [heldout_batches(d, phase.config, config.evaluate.sequences) for d in datasets]
+            found[length] = [
+                HeldOutSource(name, share / BLOCK, own)
+                for name, share, own in zip(config.source_names, shares, packs, strict=True)
+            ]
+    return found
+
+
+def _as_parent(config: RunConfig, recipe: str, resume: bool) -> RunConfig:
+    """Return the recipe of a branch with the sizes of the model that it begins with."""
+    assert config.branch_from is not None
+    if resume and checkpoint.exists(Path(config.run)):
+        return config
+    found = open_parent(config.branch_from, recipe)
+    model = parse_config(found.metadata["recipe"], str(found.path)).model
+    return with_sizes(replace(config, init=None), model, recipe)
 
 
 def _precision_before(found: Checkpoint | None) -> str:
@@ -505,9 +611,15 @@ def _check_same_everywhere(group: Group, facts: dict[str, str]) -> None:
 
 
 def _check_same_run(
-    config: RunConfig, recipe: str, dataset: TokenDataset, found: Checkpoint
+    config: RunConfig,
+    recipe: str,
+    datasets: Sequence[TokenDataset],
+    found: Checkpoint,
+    branches: bool = False,
 ) -> list[str]:
-    """Check that the recipe and the dataset are those of the checkpoint.
+    """Check that the recipe and the datasets are those of the checkpoint.
+
+    A branch may change more, and may add datasets at the end of the list.
 
     Returns:
         A line on each change that is allowed but matters.
@@ -521,27 +633,59 @@ def _check_same_run(
     TrainState.read(found.metadata.get("progress"), str(found.path))
     before = _flat(parse_config(text, str(found.path)))
     now = _flat(config)
-    changed = [key for key in now if now[key] != before.get(key) and not _among(key, FREE)]
+    free = (*FREE, *BRANCH_FREE) if branches else FREE
+    keys = dict.fromkeys([*now, *before])
+    changed = [key for key in keys if now.get(key) != before.get(key) and not _among(key, free)]
     # A dataset that fits one window has the same order whatever the window.
-    if dataset.windows(now["order.window"]) == dataset.windows(before["order.window"]) == 1:
+    windows = now["order.window"], before["order.window"]
+    if all(dataset.windows(window) == 1 for dataset in datasets for window in windows):
         changed = [key for key in changed if key != "order.window"]
+    other = "start another run by run=..."
+    if not branches:
+        other += ", which may begin here with --branch-from"
     for key in changed:
-        if not _among(key, NOTED):
+        if not _among(key, (*NOTED, *BRANCH_NOTED) if branches else NOTED):
             raise InputError(
-                f"{recipe}: {key} = {now[key]!r}, but the checkpoint {found.path} "
-                f"was trained with {before[key]!r}; "
-                "set it back, or start another run by run=..."
+                f"{recipe}: {key} = {now.get(key)!r}, but the checkpoint {found.path} "
+                f"was trained with {before.get(key)!r}; set it back, or {other}"
             )
-    if dataset.sha256 != found.metadata.get("dataset_sha256"):
-        raise InputError(
-            f"{recipe}: data = {config.data!r}: not the dataset that {found.path} was trained on; "
-            "give that one, or start another run by run=..."
-        )
-    _check_tensors(config, dataset, found)
+    _check_datasets(config, recipe, datasets, found, branches)
+    _check_tensors(config, datasets[0], found)
     return [
-        f"changed since the checkpoint: {key} was {before[key]!r}, now {now[key]!r}"
+        f"changed since the checkpoint: {key} was {before.get(key)!r}, now {now.get(key)!r}"
         for key in changed
     ]
+
+
+def _check_datasets(
+    config: RunConfig,
+    recipe: str,
+    datasets: Sequence[TokenDataset],
+    found: Checkpoint,
+    branches: bool,
+) -> None:
+    """Check that the datasets are those of the checkpoint, in their order.
+
+    Raises:
+        InputError: one is another one, or missing, or new in a run that is no branch.
+    """
+    before: Any = found.metadata.get("dataset_sha256")
+    digests: list[str] = before if isinstance(before, list) else [before]
+    for i, digest in enumerate(digests):
+        dataset = datasets[i] if i < len(datasets) else None
+        if dataset is None or dataset.sha256 != digest:
+            given = f"data = {config.shown_data!r}"
+            if len(digests) > 1:
+                given = f"data {i + 1} = {str(dataset.path) if dataset else None!r}"
+            raise InputError(
+                f"{recipe}: {given}: not the dataset that {found.path} was trained on; "
+                "give that one, or start another run by run=..."
+            )
+    if len(datasets) > len(digests) and not branches:
+        raise InputError(
+            f"{recipe}: data has {len(datasets)} sources, and {found.path} was trained on "
+            f"{len(digests)}; give those, or start another run by run=... with --branch-from"
+        )
 
 
 def _check_tensors(config: RunConfig, dataset: TokenDataset, found: Checkpoint) -> None:
@@ -566,16 +710,24 @@ def _check_tensors(config: RunConfig, dataset: TokenDataset, found: Checkpoint) 
 
 
 def _flat(config: RunConfig) -> dict[str, Any]:
-    """The recipe's values by dotted key."""
+    """The recipe's values by dotted key; phases are numbered from 1: phase.1.batch.sequences."""
+    values = _flat_section(config, "")
+    own = tuple(source.weight for source in config.sources)
+    values["weights"] = own if any(own) and len(own) > 1 else config.weights
+    values["data"] = config.shown_data
+    for number, phase in enumerate(values.pop("phase"), 1):
+        values |= _flat_section(phase, f"phase.{number}.")
+    return values
+
+
+def _flat_section(section: Any, prefix: str) -> dict[str, Any]:
     values: dict[str, Any] = {}
-    for item in settings_of(config):
-        value = getattr(config, item.name)
+    for item in settings_of(section):
+        value, key = getattr(section, item.name), f"{prefix}{item.name}"
         if dataclasses.is_dataclass(value):
-            values |= {
-                f"{item.name}.{f.name}": getattr(value, f.name) for f in dataclasses.fields(value)
-            }
+            values |= _flat_section(value, f"{key}.")
         else:
-            values[item.name] = value
+            values[key] = value
     return values
 
 

@@ -1,4 +1,4 @@
-"""Opens and verifies the dataset of a run or an evaluation.
+"""Opens and verifies the datasets of a run or an evaluation.
 
 Every rank opens it. One process of each machine verifies it while the others wait.
 """
@@ -7,14 +7,53 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from contextlib import closing, nullcontext
 from pathlib import Path
 
+from fastbert.checkpoints.model_folder import tokenizer_sha256
 from fastbert.cluster.group import Group
 from fastbert.data.dataset import TokenDataset, open_dataset
+from fastbert.data.tokenizer import load_tokenizer
+from fastbert.errors import InputError
 from fastbert.terminal import tell
 
 LINE_EVERY_S = 5.0  # between progress lines; most datasets are verified before the first
+
+
+def open_sources(
+    paths: Sequence[str], group: Group | None = None, window: int | None = None
+) -> tuple[TokenDataset, ...]:
+    """Open and verify the datasets of a run; every rank of the group calls it.
+
+    Args:
+        paths: of the datasets.
+        group, window: as in `open_verified`.
+
+    Raises:
+        InputError: as `open_verified`; or they were not made with one tokenizer.
+        Interrupted, RankLost: as `open_verified`.
+    """
+    datasets = tuple(open_verified(path, group, window) for path in paths)
+    with group.raise_on_all_ranks() if group else nullcontext():
+        check_one_tokenizer(datasets)
+    return datasets
+
+
+def check_one_tokenizer(datasets: Sequence[TokenDataset]) -> None:
+    """Raise InputError where two datasets were made with tokenizers that behave differently."""
+    if len(datasets) == 1:
+        return
+    first, *others = [
+        (dataset, tokenizer_sha256(load_tokenizer(dataset.tokenizer_dir))) for dataset in datasets
+    ]
+    for dataset, digest in others:
+        if digest != first[1]:
+            raise InputError(
+                f"data: {dataset.path} and {first[0].path} were made with different tokenizers "
+                f"({digest[:12]} and {first[1][:12]}), and a run has one; prepare the text of "
+                f"{dataset.path} again with --tokenizer {first[0].tokenizer_dir}"
+            )
 
 
 def open_verified(
