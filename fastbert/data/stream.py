@@ -17,10 +17,6 @@ from fastbert.data.examples import Examples, Spans
 class Stream(Protocol):
     """A sequence of examples, and their tokens."""
 
-    def __len__(self) -> int:
-        """Examples per epoch."""
-        ...
-
     def draw(self, numbers: np.ndarray) -> Spans:
         """Return the examples of these numbers, int64 [B], each at least 0.
 
@@ -35,6 +31,14 @@ class Stream(Protocol):
 
     def begins_word(self, spans: Spans) -> np.ndarray:
         """Return whether each of these tokens begins a word, bool [T]."""
+        ...
+
+
+class SourceStream(Stream, Protocol):
+    """The examples of one dataset, epoch by epoch."""
+
+    def __len__(self) -> int:
+        """Examples per epoch."""
         ...
 
 

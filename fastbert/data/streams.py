@@ -10,7 +10,7 @@ import numpy as np
 from fastbert.config import RunConfig
 from fastbert.data.dataset import TokenDataset
 from fastbert.data.mixture import BLOCK, Mixture, quotas, source_seed
-from fastbert.data.stream import Stream
+from fastbert.data.stream import SourceStream
 from fastbert.data.window_order import open_stream
 from fastbert.errors import InputError
 
@@ -48,13 +48,13 @@ class Streams:
 
     def __init__(self, datasets: Sequence[TokenDataset], config: RunConfig):
         self.datasets, self._config = datasets, config
-        self._found: dict[tuple[int, int], Stream] = {}
+        self._found: dict[tuple[int, int], SourceStream] = {}
         self._lengths: dict[tuple[int, int], int] = {}
 
     def __len__(self) -> int:
         return len(self.datasets)
 
-    def source(self, number: int, max_length: int) -> Stream:
+    def source(self, number: int, max_length: int) -> SourceStream:
         """The examples of one source."""
         if (number, max_length) not in self._found:
             self._found[number, max_length] = open_stream(

@@ -29,7 +29,7 @@ from fastbert.data.examples import Examples, Spans
 from fastbert.data.permutation import permute
 from fastbert.data.philox import Purpose
 from fastbert.data.split import running_total
-from fastbert.data.stream import Epochs, Stream, draw_by
+from fastbert.data.stream import Epochs, SourceStream, draw_by
 from fastbert.data.verify import AGAIN, THREADS, Claim
 from fastbert.errors import InputError
 from fastbert.machine import usable_cores
@@ -39,7 +39,7 @@ BLOCKS_AT_ONCE = 256  # of which examples are counted
 
 def open_stream(
     dataset: TokenDataset, objective: ObjectiveConfig, max_length: int, seed: int, window: int
-) -> Stream:
+) -> SourceStream:
     """Return the training examples of a dataset.
 
     Args:
