@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fastbert.data import corpus_plan
 from fastbert.data.assemble import Assembler, is_assembled
 from fastbert.data.corpus_plan import Plan
 from fastbert.data.decontaminate import grams_of, read_texts
@@ -348,7 +349,7 @@ def _started(sources: Sequence[str | Path], out: Path, options: Options) -> Iter
     bad_allowed = {"error": 0, "skip": None}.get(str(options.bad_records), options.bad_records)
     job = Job(
         out=out,
-        plan=Plan(tuple(files)),
+        plan=Plan(tuple(files), corpus_plan.PIECE_BYTES),
         text_field=options.text_field,
         tokenizer_or_vocabulary=vocabulary,
         heldout=options.heldout,
