@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fastbert.data import corpus_plan, progress, segments, settle, vocabulary_task
 from fastbert.data import prepare as module
-from fastbert.data import progress
 from fastbert.data.copies import Seen
 from fastbert.data.dataset import TokenDataset, open_dataset
 from fastbert.data.documents import Chunk, read_documents
@@ -31,7 +32,7 @@ from fastbert.data.prepare import prepare
 from fastbert.data.sentences import split_sentences
 from fastbert.data.sources import Source
 from fastbert.data.split import Split
-from fastbert.data.tokenizer import load_tokenizer, save_tokenizer
+from fastbert.data.tokenizer import load_tokenizer
 from fastbert.errors import InputError
 from fastbert.machine import usable_cores
 
@@ -67,6 +68,9 @@ def files_of(dataset: Path) -> dict[str, bytes]:
     }
 
 
+REPORTS = {"manifest.json", "part-00000/report.json", "part-00000/report.md"}
+
+
 def test_every_sentence_is_there(small_dataset: TokenDataset, english_documents: list[str]) -> None:
     """Compare with the plain way: split, encode one by one, choose by hash."""
     tokenizer = load_tokenizer(small_dataset.tokenizer_dir)
@@ -84,7 +88,7 @@ def test_every_sentence_is_there(small_dataset: TokenDataset, english_documents:
         if pieces:
             expected["heldout" if hash_text(document) < 0.05 * 2**64 else "train"].append(pieces)
     # Otherwise the share alone would not decide.
-    assert len(expected["heldout"]) >= module.LEAST_HELDOUT
+    assert len(expected["heldout"]) >= settle.LEAST_HELDOUT
     for name, documents in expected.items():
         assert texts_of(small_dataset.split(name)) == documents
 
@@ -97,7 +101,8 @@ def test_the_same_bytes_whatever_the_workers(several_chunks: Path, tmp_path: Pat
         made.append(files_of(out))
     assert made[0] == made[1] == made[2]
     dataset = open_dataset(tmp_path / "dataset1", verify=True)
-    assert sum(split["documents"] for split in dataset.manifest["splits"].values()) > 4000
+    splits = dataset.manifest["parts"][0]["splits"]
+    assert sum(split["documents"] for split in splits.values()) > 4000
     text = json.dumps(dataset.manifest)
     assert str(tmp_path) not in text and str(several_chunks) not in text
 
@@ -119,9 +124,9 @@ def test_formats_make_the_same_dataset(english_documents: list[str], tmp_path: P
     made = [files_of(tmp_path / name) for name in ("txt", "jsonl")]
     # The report says what ends a document, and the manifest has its hash.
     different = {name for name in made[0] if made[0][name] != made[1][name]}
-    assert different <= {"report.json", "report.md", "manifest.json"}
-    assert b"a blank line ends a document" in made[0]["report.md"]
-    assert b"a blank line" not in made[1]["report.md"]
+    assert different <= REPORTS
+    assert b"a blank line ends a document" in made[0]["part-00000/report.md"]
+    assert b"a blank line" not in made[1]["part-00000/report.md"]
 
 
 def test_given_tokenizer(small_dataset: TokenDataset, english_jsonl: Path, tmp_path: Path) -> None:
@@ -134,22 +139,20 @@ def test_given_tokenizer(small_dataset: TokenDataset, english_jsonl: Path, tmp_p
         progress=False,
     )
     dataset = open_dataset(tmp_path / "dataset", verify=True)
-    for name in ("train", "heldout"):
-        assert dataset.manifest["splits"][name] == small_dataset.manifest["splits"][name]
-        assert (
-            dataset.manifest["files"][f"{name}/shard-00000.tokens"]
-            == small_dataset.manifest["files"][f"{name}/shard-00000.tokens"]
-        )
+    made, wanted = files_of(dataset.path), files_of(small_dataset.path)
+    assert made["part-00000/train-00000"] == wanted["part-00000/train-00000"]
+    assert made["part-00000/blocks"] == wanted["part-00000/blocks"]
     assert report.figures["vocab_size"] == 1000
-    assert "lowercase" not in dataset.manifest["options"]
+    assert "lowercase" not in dataset.manifest["parts"][0]["options"]
 
 
 def test_long_sentences_are_cut_and_nothing_is_lost(small_dataset: TokenDataset) -> None:
     lengths = [1, 253, 254, 255, 508, 509, 1000]
     tokenizer = (small_dataset.tokenizer_dir / "tokenizer.json").read_text(encoding="utf-8")
     data = "\n".join("a " * length for length in lengths).encode() + b"\n\n\x00\x01\n\n."
-    encoded = ChunkEncoder(tokenizer, "text", 0)(Chunk(Source(Path("x"), "txt", ""), data, 1, 0, 0))
-    assert encoded.train.sentences.tolist() == [
+    encoded = ChunkEncoder(tokenizer, "text").encode(data.decode().split("\n\n"))
+    made = encoded.documents
+    assert made.sentences.tolist() == [
         1,
         253,
         254,
@@ -166,24 +169,19 @@ def test_long_sentences_are_cut_and_nothing_is_lost(small_dataset: TokenDataset)
         238,
         1,
     ]
-    assert encoded.train.documents.tolist() == [14, 1]
-    assert len(encoded.train.tokens) == sum(lengths) + 1
-    assert (encoded.cut_sentences, encoded.empty_documents, len(encoded.sentence_hashes)) == (
-        4,
-        1,
-        len(lengths) + 1,
-    )
-    assert (
-        len(encoded.heldout.tokens)
-        == len(encoded.heldout.sentences)
-        == len(encoded.heldout.documents)
-        == 0
-    )
+    assert made.documents.tolist() == [14, 1]
+    assert len(made.tokens) == sum(lengths) + 1
+    assert (encoded.cut_sentences, encoded.empty_documents) == (4, 1)
 
 
 @pytest.mark.parametrize("workers", [1, 3])
-def test_copies_are_left_out(several_chunks: Path, tmp_path: Path, workers: int) -> None:
-    """The dataset is that of the same text without the copies, of which the first one stays."""
+def test_copies_are_left_out(
+    several_chunks: Path, small_dataset: TokenDataset, tmp_path: Path, workers: int
+) -> None:
+    """The dataset is that of the same text without the copies, of which the first one stays.
+
+    The tokenizer is given: a vocabulary is trained on a sample in which copies count.
+    """
     lines = list(dict.fromkeys(several_chunks.read_text().splitlines()[:1500]))
     empty = json.dumps({"text": " "})
     padded = [json.dumps({"text": f"\n{json.loads(line)['text']} "}) for line in lines]
@@ -192,20 +190,21 @@ def test_copies_are_left_out(several_chunks: Path, tmp_path: Path, workers: int)
     (tmp_path / "more").mkdir()
     (tmp_path / "more/a.jsonl").write_text("\n".join(text))
     (tmp_path / "more/b.jsonl").write_text("\n".join(lines))
-    options = {"vocab_size": 500, "heldout": 0.1, "workers": workers, "progress": False}
-    report = prepare([tmp_path / "more"], tmp_path / "dedup", dedup=True, **options)
+    options: dict[str, Any] = {"heldout": 0.1, "workers": workers, "progress": False}
+    options["tokenizer"] = small_dataset.tokenizer_dir
+    report = prepare([tmp_path / "more"], tmp_path / "once", drop_copies=True, **options)
     plain = prepare([tmp_path / "once.jsonl"], tmp_path / "plain", **options)
-    made, wanted = files_of(tmp_path / "dedup"), files_of(tmp_path / "plain")
+    made, wanted = files_of(tmp_path / "once"), files_of(tmp_path / "plain")
     assert made.keys() == wanted.keys()
     differ = {name for name in made if made[name] != wanted[name]}
-    assert differ == {"manifest.json", "report.json", "report.md"}
+    assert differ == REPORTS
     assert report.figures["documents"] == plain.figures["documents"] == len(lines)
     assert report.figures["copies_left_out"] == len(text) - 2
     assert report.figures["empty_documents"] == plain.figures["empty_documents"] == 2
     assert "copies_left_out" not in plain.figures
     (row,) = (row for row in report.rows if row.name.startswith("copies of documents"))
     assert row.value == f"{report.figures['copies_left_out']:,}" and not row.advice
-    assert open_dataset(tmp_path / "dedup").manifest["options"]["dedup"] is True
+    assert open_dataset(tmp_path / "once").manifest["parts"][0]["options"]["drop_copies"]
 
 
 def test_copies_are_counted_without_bad_records(tmp_path: Path) -> None:
@@ -214,7 +213,7 @@ def test_copies_are_counted_without_bad_records(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text(text.replace('{"text": 3}', "rubbish"))
     options = {"vocab_size": 100, "workers": 1, "progress": False}
     report = prepare(
-        [tmp_path / "a.jsonl"], tmp_path / "d", bad_records="skip", dedup=True, **options
+        [tmp_path / "a.jsonl"], tmp_path / "d", bad_records="skip", drop_copies=True, **options
     )
     figures = report.figures
     assert (figures["documents"], figures["copies_left_out"], figures["bad_records"]) == (3, 2, 1)
@@ -253,7 +252,9 @@ def test_copies_are_on_one_side(english_documents: list[str], tmp_path: Path) ->
     ]
     assert sides[1] and not sides[0] & sides[1]
     (row,) = (row for row in report.rows if row.name == "copies of documents")
-    assert row.value.endswith(" %; none on both sides of the split") and "--dedup" in row.advice
+    assert (
+        row.value.endswith(" %; none on both sides of the split") and "--drop-copies" in row.advice
+    )
     distinct = len(set(map(str.strip, english_documents)))
     assert report.figures["duplicate_document_share"] == pytest.approx(
         1 - distinct / len(documents), abs=1e-6
@@ -290,8 +291,7 @@ def test_little_text_is_held_out_too(tmp_path: Path, count: int, heldout: int) -
     )
 
 
-def test_sample_for_the_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "VOCABULARY_BYTES", 100)
+def test_sample_for_the_vocabulary() -> None:
     for count, kept in [
         (10, range(10)),
         (11, range(0, 11, 2)),
@@ -299,9 +299,9 @@ def test_sample_for_the_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
         (1, range(1)),
     ]:
         chunks = [Chunk(Source(Path("x"), "txt", ""), b"0123456789", i, 0, 0) for i in range(count)]
-        assert [chunk.line for chunk in module._spread(chunks)] == list(kept)
+        assert [chunk.line for chunk in vocabulary_task.spread(chunks, 100)] == list(kept)
     large = Chunk(Source(Path("x"), "txt", ""), b"0" * 1000, 1, 0, 0)
-    assert module._spread([large]) == [large]
+    assert vocabulary_task.spread([large], 100) == [large]
 
 
 @pytest.mark.parametrize(
@@ -337,6 +337,7 @@ def test_bad_calls(
     text: str | bytes,
     options: dict[str, Any],
     words: list[str],
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     (tmp_path / "a.txt").write_bytes(text if isinstance(text, bytes) else text.encode())
     if options.get("tokenizer") is True:
@@ -345,7 +346,11 @@ def test_bad_calls(
         prepare([tmp_path / "a.txt"], tmp_path / "dataset", **{"progress": False, **options})
     message = str(raised.value)
     assert all(word in message for word in words) and "\n" not in message, message
-    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+    # What was finished before the text turned out to be wrong is kept, and announced.
+    left = {path.name for path in tmp_path.iterdir()} - {"a.txt"}
+    said = "dataset.work: holds what is finished; run the same command again to continue"
+    assert left <= {"dataset.work"} and (said in capsys.readouterr().err) == bool(left)
+    assert not any(path.name.startswith(".") for path in tmp_path.rglob("*"))
 
 
 def test_existing_target(english_jsonl: Path, tmp_path: Path) -> None:
@@ -377,40 +382,68 @@ def test_no_space(english_jsonl: Path, tmp_path: Path, limit: int) -> None:
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert "\n" not in str(raised.value)
-    assert list(tmp_path.iterdir()) == []
+    assert {path.name for path in tmp_path.iterdir()} <= {"dataset.work"}
+    # With space again, the same call finishes.
+    options: dict[str, Any] = {"vocab_size": 1000, "workers": 1, "progress": False}
+    prepare([english_jsonl], tmp_path / "dataset", **options)
+    prepare([english_jsonl], tmp_path / "at once", **options)
+    assert files_of(tmp_path / "dataset") == files_of(tmp_path / "at once")
+    assert not (tmp_path / "dataset.work").exists()
 
 
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_without_the_right_to_write(english_jsonl: Path, tmp_path: Path) -> None:
+    (tmp_path / "closed").mkdir(mode=0o500)
+    with pytest.raises(InputError, match="dataset: cannot be written"):
+        prepare([english_jsonl], tmp_path / "closed" / "dataset", progress=False)
+
+
+# Text of 2.6 MB makes some twelve pieces here.
 RUN = (
-    "import sys; from fastbert.data.prepare import prepare; "
+    "import sys; from fastbert.data import corpus_plan; corpus_plan.PIECE_BYTES = 1 << 18; "
+    "from fastbert.data import segments; segments.SEGMENT_BYTES = 1 << 16; "
+    "from fastbert.data.prepare import prepare; "
     "prepare([sys.argv[1]], sys.argv[2], workers=2, vocab_size=8000)"
 )
 
 
-@pytest.mark.parametrize("end", ["interrupt", "terminate", "worker killed"])
-def test_ended_from_outside(several_chunks: Path, tmp_path: Path, end: str) -> None:
-    """After Ctrl-C, SIGTERM or a killed worker no dataset, partial file or process is left."""
+def started(
+    text: Path, out: Path, until: Callable[[], bool]
+) -> tuple[subprocess.Popen[str], list[psutil.Process]]:
+    """Start RUN, and wait until a condition is met and its two workers are there."""
     process = subprocess.Popen(
-        [sys.executable, "-c", RUN, several_chunks, tmp_path / "dataset"],
+        [sys.executable, "-c", RUN, text, out],
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
     )
     workers: list[psutil.Process] = []
     deadline = time.monotonic() + 60
-    while (
-        process.poll() is None
-        and time.monotonic() < deadline
-        and not any((tmp_path).glob(".dataset.*/train"))
-    ):
-        time.sleep(0.002)
-    while process.poll() is None and time.monotonic() < deadline and not workers:
+    while process.poll() is None and time.monotonic() < deadline:
         workers = []
         for child in psutil.Process(process.pid).children():
             with contextlib.suppress(psutil.Error):  # it ended meanwhile
                 if "data.workers" in " ".join(child.cmdline()):
                     workers.append(child)
+        if len(workers) == 2 and until():
+            break
         time.sleep(0.002)
-    assert workers, "it ended before it could be stopped"
+    assert process.poll() is None, process.communicate()[1]
+    return process, workers
+
+
+def pieces_in(work: Path) -> dict[str, int]:
+    """Return the finished pieces, with the time when each was written."""
+    return {path.name: path.stat().st_mtime_ns for path in work.glob("piece-*.npz")}
+
+
+@pytest.mark.parametrize("end", ["interrupt", "terminate", "worker killed"])
+def test_ended_from_outside(several_chunks: Path, tmp_path: Path, end: str) -> None:
+    """After Ctrl-C, SIGTERM or a killed worker the next run uses what is finished."""
+    work = tmp_path / "dataset.work"
+    process, workers = started(
+        several_chunks, tmp_path / "dataset", lambda: len(pieces_in(work)) >= 2
+    )
     if end == "interrupt":
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does
     elif end == "terminate":
@@ -419,7 +452,7 @@ def test_ended_from_outside(several_chunks: Path, tmp_path: Path, end: str) -> N
         workers[0].kill()
     errors = process.communicate(timeout=60)[1]
     assert process.returncode != 0
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["dataset.work"]
     assert not psutil.wait_procs(workers, timeout=10)[1]
     expected = {
         "interrupt": "KeyboardInterrupt",
@@ -427,29 +460,23 @@ def test_ended_from_outside(several_chunks: Path, tmp_path: Path, end: str) -> N
         "worker killed": "InputError: a worker ended before its work was done",
     }
     assert expected[end] in errors and ("Traceback" in errors) == (end != "terminate")
+    assert f"{work}: holds what is finished; run the same command again" in errors
+    before = pieces_in(work)
+    assert before
+    process, _ = started(several_chunks, tmp_path / "dataset", lambda: True)
+    assert all(pieces_in(work)[name] == time for name, time in before.items())
+    assert process.wait(timeout=60) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["dataset"]
+    open_dataset(tmp_path / "dataset", verify=True)
 
 
 def test_no_orphans(several_chunks: Path, tmp_path: Path) -> None:
-    """After SIGKILL only a hidden folder is left, and it does not disturb a second call."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", RUN, several_chunks, tmp_path / "dataset"], stderr=subprocess.DEVNULL
-    )
-    workers: list[psutil.Process] = []
-    deadline = time.monotonic() + 60
-    while process.poll() is None and time.monotonic() < deadline and len(workers) < 2:
-        workers = []
-        for child in psutil.Process(process.pid).children():
-            with contextlib.suppress(psutil.Error):  # it ended meanwhile
-                if "data.workers" in " ".join(child.cmdline()):
-                    workers.append(child)
-        time.sleep(0.002)
+    """After SIGKILL no worker is left."""
+    process, workers = started(several_chunks, tmp_path / "dataset", lambda: True)
     process.kill()
-    process.wait()
-    assert len(workers) == 2
+    process.communicate()
     assert not psutil.wait_procs(workers, timeout=20)[1]
-    assert all(path.name.startswith(".dataset.") for path in tmp_path.iterdir())
-    prepare([several_chunks], tmp_path / "dataset", vocab_size=500, workers=1, progress=False)
-    open_dataset(tmp_path / "dataset", verify=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["dataset.work"]
 
 
 def test_progress_and_left_out_files(
@@ -473,7 +500,7 @@ def test_progress_and_left_out_files(
     )
     assert (
         sum(1 for _ in read_documents([folder]))
-        == open_dataset(tmp_path / "dataset").manifest["splits"]["train"]["documents"] + 16
+        == open_dataset(tmp_path / "dataset").split("train").documents + 16
     )
 
 
@@ -486,8 +513,10 @@ def test_a_source_that_changes_while_it_is_read(
     path.write_text("One text.\n\nAnother one.\n")
     os.utime(path, ns=(1, 1))
 
-    def save(*arguments: Any) -> None:
-        save_tokenizer(*arguments)
+    train = module.train_vocabulary
+
+    def train_and_change(*arguments: Any) -> None:
+        train(*arguments)
         if change == "grows":
             path.write_text(path.read_text() + "\n\nMore.\n")
         elif change == "goes away":
@@ -495,7 +524,7 @@ def test_a_source_that_changes_while_it_is_read(
         else:
             path.write_text("One thing.\n\nAnother on.\n")
 
-    monkeypatch.setattr(module, "save_tokenizer", save)
+    monkeypatch.setattr(module, "train_vocabulary", train_and_change)
     with pytest.raises(InputError, match=r"a\.txt: (changed while it was read|cannot be read)"):
         prepare([path], tmp_path / "out", vocab_size=100, workers=1, progress=False)
     assert not (tmp_path / "out").exists()
@@ -512,11 +541,13 @@ def test_many_workers_are_no_more_than_a_few_per_core(
         return real(make, arguments, items, 1)
 
     monkeypatch.setattr(module, "map_in_order", counted)
+    monkeypatch.setattr(segments, "SEGMENT_BYTES", 1 << 14)
+    monkeypatch.setattr(corpus_plan, "PIECE_BYTES", 1 << 14)
     for workers in (100_000, 2, None):
         out = tmp_path / str(workers)
         prepare([english_jsonl], out, vocab_size=200, workers=workers, progress=False)
-    assert started[0] == module.MOST_PER_CORE * usable_cores()
-    assert started[-1] == 1 and 2 in started
+    assert max(started) == min(module.MOST_PER_CORE * usable_cores(), 30)
+    assert 2 in started and started[-1] == 1
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -532,12 +563,34 @@ def test_bad_records(english_documents: list[str], tmp_path: Path, workers: int)
     prepare([tmp_path / "good.jsonl"], tmp_path / "good", **options)
     report = prepare([tmp_path / "bad.jsonl"], tmp_path / "bad", bad_records="skip", **options)
     made = [files_of(tmp_path / name) for name in ("good", "bad")]
-    assert {n for n in made[0] if made[0][n] != made[1][n]} == {
-        "manifest.json",
-        "report.json",
-        "report.md",
-    }
+    assert {n for n in made[0] if made[0][n] != made[1][n]} == REPORTS
     assert report.figures["bad_records"] == 4
-    assert "line 51: not JSON" in report.figures["bad_record_examples"][0]
+    listed = report.figures["bad_records_listed"]
+    assert [record["line"] for record in listed] == [51, 52, 53, 54]
+    assert {record["file"] for record in listed} == {str(tmp_path / "bad.jsonl")}
+    assert listed[0]["reason"].startswith("not JSON")
     with pytest.raises(InputError, match="--bad-records maybe: must be error or skip"):
         prepare([tmp_path / "good.jsonl"], tmp_path / "no", bad_records="maybe", **options)
+
+
+@pytest.mark.parametrize("segment", [300, 1 << 20])
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_number_of_bad_records(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int, segment: int
+) -> None:
+    """Two may be skipped, and three are an error, also where each is in a piece of its own."""
+    monkeypatch.setattr(segments, "SEGMENT_BYTES", segment)
+    monkeypatch.setattr(corpus_plan, "PIECE_BYTES", segment)
+    lines = [json.dumps({"text": f"This is the text number {i}. It is short."}) for i in range(60)]
+    for line in (7, 30, 50):
+        lines[line] = f"bad {line}"
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    options: dict[str, Any] = {"vocab_size": 120, "progress": False, "workers": workers}
+    with pytest.raises(InputError, match="bad records") as raised:
+        prepare([tmp_path / "a.jsonl"], tmp_path / "out", bad_records=2, **options)
+    assert not (tmp_path / "out").exists() and "\n" not in str(raised.value)
+    report = prepare([tmp_path / "a.jsonl"], tmp_path / "out", bad_records="3", **options)
+    assert report.figures["bad_records"] == 3 and report.figures["documents"] == 57
+    lines_of = [record["line"] for record in report.figures["bad_records_listed"]]
+    assert lines_of == [8, 31, 51]
+    assert "line 8: not JSON" in (tmp_path / "out/part-00000/report.md").read_text()

@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fastbert.data import corpus_plan
 from fastbert.data.assemble import Assembler, is_assembled
 from fastbert.data.corpus_plan import Plan
 from fastbert.data.decontaminate import grams_of, read_texts
@@ -206,7 +207,8 @@ class _Run:
     def share(self, share: int, shares: int) -> str:
         """Make a share of the first stage that has missing work."""
         job, out = self.job, self.job.out
-        rerun = f"run --task 0/{shares} to {shares - 1}/{shares} again, or the command without it"
+        tasks = f"--task 0/{shares}" + (f" to {shares - 1}/{shares}" if shares > 1 else "")
+        rerun = f"run {tasks} again, or the command without --task"
         with self._bar:
             self._tokenizer()
             if missing := self._missing_pieces():
@@ -348,7 +350,7 @@ def _started(sources: Sequence[str | Path], out: Path, options: Options) -> Iter
     bad_allowed = {"error": 0, "skip": None}.get(str(options.bad_records), options.bad_records)
     job = Job(
         out=out,
-        plan=Plan(tuple(files)),
+        plan=Plan(tuple(files), corpus_plan.PIECE_BYTES),
         text_field=options.text_field,
         tokenizer_or_vocabulary=vocabulary,
         heldout=options.heldout,
@@ -364,6 +366,8 @@ def _started(sources: Sequence[str | Path], out: Path, options: Options) -> Iter
         yield made_before
         return
     if base is None and (os.path.islink(out) or status(out) is not None):
+        with contextlib.suppress(OSError):  # if it is empty, of a call that was just finished
+            job.work.rmdir()
         raise InputError(f"{out}: exists already; remove it or choose another --out")
     with disk_errors(out), exit_at_signals(), parents_of(out):
         job.work.mkdir(exist_ok=True)
@@ -380,17 +384,18 @@ def _started(sources: Sequence[str | Path], out: Path, options: Options) -> Iter
 
 
 def _say_what_is_left(work: Path) -> None:
-    """Remove the folder of the results if it holds none; else say what to do with it."""
+    """Remove the folder of the results if it is empty; else say what to do with it.
+
+    Nothing else is removed: other tasks may be writing there.
+    """
     with contextlib.suppress(OSError):
-        if any(not name.startswith(".") for name in os.listdir(work)):
+        if os.listdir(work):
             tell(
                 f"{work}: holds what is finished; run the same command again to continue, "
                 "or remove it"
             )
-            return
-        for path in work.iterdir():
-            path.unlink()
-        work.rmdir()
+        else:
+            work.rmdir()
 
 
 @contextmanager

@@ -63,7 +63,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
     """Return what `write_json` wrote; None where it is missing or damaged."""
     try:
         return unsealed(path.read_bytes())
-    except (FileNotFoundError, ValueError, TypeError, KeyError, RecursionError):
+    except (FileNotFoundError, NotADirectoryError, ValueError, TypeError, KeyError, RecursionError):
         return None
 
 
