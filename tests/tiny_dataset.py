@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from fastbert.data.dataset import TokenDataset
-from fastbert.data.manifest import Counts, token_dtype
+from fastbert.data.manifest import COUNTS, Counts, token_dtype
 from fastbert.data.shard_split import ShardSplit
 from fastbert.data.shards import ShardWriter
 from fastbert.data.split import Split
@@ -67,7 +67,11 @@ def tiny_dataset(
         "vocab_size": vocab_size,
         "special": special,
         "splits": {
-            name: {"shards": [vars(counts) for counts in of]} for name, of in shards.items()
+            name: {
+                **{column: sum(getattr(counts, column) for counts in of) for column in COUNTS},
+                "shards": [vars(counts) for counts in of],
+            }
+            for name, of in shards.items()
         },
     }
     return TokenDataset(folder, manifest, "0" * 64)

@@ -21,7 +21,8 @@ from fastbert.config import BertConfig, ModelConfig, RunConfig
 from fastbert.data.batches import share_out
 from fastbert.data.dataset import TokenDataset, open_dataset
 from fastbert.data.masking import selected_counts
-from fastbert.data.streams import Era, Streams
+from fastbert.data.mixture import BLOCK, source_seed
+from fastbert.data.streams import Streams
 from fastbert.errors import InputError
 from fastbert.machine import (
     WORTH_IT,
@@ -35,6 +36,7 @@ from fastbert.planning.activations import MicroBatchSize
 from fastbert.planning.flops import executed_flops, muon_flops, training_flops
 from fastbert.planning.memory import memory_by_part, stay_gathered
 from fastbert.planning.parameters import count_hidden, count_parameters
+from fastbert.planning.reading import Reading, reading, sample
 from fastbert.presence import status
 from fastbert.training.ds_config import check_optimizer, read_ds_config
 
@@ -137,6 +139,7 @@ class Plan:
     cost: float | None
     limit: str
     assumptions: list[str]
+    reading: list[Reading]
 
 
 # ----------------------------------------------------------------------------- communication
@@ -317,7 +320,10 @@ def plan(
         zero = settings.values["zero_optimization"]
         if stage is None:
             stage = settings.stage(precision=weights, world=gpus, optimizer=config.optimizer.name)
-    vocab_size, lengths, epoch, assumptions = _examples(config, vocab_size, mean_length, dataset)
+    datasets = [dataset] if dataset else []
+    if not datasets and all(status(Path(source.path)) is not None for source in config.sources):
+        datasets = [open_dataset(source.path, verify=False) for source in config.sources]
+    vocab_size, lengths, epoch, assumptions = _examples(config, vocab_size, mean_length, datasets)
     if phases:
         assumptions.append(
             f"a step with the largest batch and length of its {phases} phases, so time and cost "
@@ -420,6 +426,7 @@ def plan(
             0.0 if hidden and communication_s < busy_s else communication_s,
         ),
         assumptions=assumptions,
+        reading=[reading(each, config.order.window) for each in datasets],
     )
 
 
@@ -451,6 +458,7 @@ def describe(p: Plan) -> list[tuple[str, str]]:
         rows.append(("  communication", f"{_time(p.communication_s)}, {sent}"))
     unknown = "unknown: the run is limited in epochs, and the dataset is not here"
     cost = "" if p.cost is None else f", {p.cost:,.{0 if p.cost >= 100 else 2}f} dollars"
+    rows += [("" if i else "data", _read(one)) for i, one in enumerate(p.reading)]
     return [
         *rows,
         ("tokens/s", f"{p.tokens_per_s:,.0f}, {p.mfu:.0%} of the peak"),
@@ -460,6 +468,19 @@ def describe(p: Plan) -> list[tuple[str, str]]:
         ),
         ("limited by", p.limit),
     ]
+
+
+def _read(data: Reading) -> str:
+    """What a run reads of its dataset, in words."""
+    windows = (
+        f"in windows of {_size(data.window)}, {data.windows:,} an epoch"
+        if data.windows > 1
+        else "shuffled as a whole"
+    )
+    return (
+        f"{_size(data.total)}, {windows}; {_size(data.first)} read before the first step, "
+        f"{_size(data.cache)} of page cache a machine"
+    )
 
 
 def _size(size: float) -> str:
@@ -602,7 +623,7 @@ def _examples(
     config: RunConfig,
     vocab_size: int | None,
     mean_length: float | None,
-    dataset: TokenDataset | None,
+    datasets: Sequence[TokenDataset],
 ) -> tuple[int, np.ndarray, int | None, list[str]]:
     """Return the data that a plan needs.
 
@@ -614,17 +635,16 @@ def _examples(
     lengths = None
     if mean_length is not None:
         lengths = np.full(wanted, round(mean_length))
-    datasets = [dataset] if dataset else []
-    if not datasets and all(status(Path(s.path)) is not None for s in config.sources):
-        datasets = [open_dataset(source.path) for source in config.sources]
     if datasets:
-        streams = Streams(datasets, config)
-        length, quotas = config.batch.max_length, streams.quotas(config)
-        epoch = sum(streams.epoch(i, length) for i in range(len(datasets)))
+        quotas = Streams(datasets, config).quotas(config)
+        found = [sample(d, config, source_seed(config.seed, i)) for i, d in enumerate(datasets)]
+        epoch = sum(examples for examples, _ in found)
         vocab_size = vocab_size or datasets[0].vocab_size
         if lengths is None:
-            mixture = streams.mixture(Era(length, quotas, (0,) * len(datasets)))
-            lengths = mixture.draw(np.arange(wanted)).lengths
+            # As many of each source as in the mixture, rounded up; the last ones are left out.
+            shares = (-(-wanted * quota // BLOCK) for quota in quotas)
+            parts = [drawn[:share] for (_, drawn), share in zip(found, shares, strict=True)]
+            lengths = np.concatenate(parts)[:wanted]
     if not vocab_size:
         vocab_size = 30522
         assumptions.append(
