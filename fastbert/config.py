@@ -322,6 +322,15 @@ class RuntimeConfig:
 
 
 @dataclass(frozen=True)
+class LogConfig:
+    """Trackers that get what the run measures; each key names a project there."""
+
+    wandb: str | None = None
+    mlflow: str | None = None
+    trackio: str | None = None
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """All settings of a run. Relative paths start at the working directory."""
 
@@ -338,6 +347,7 @@ class RunConfig:
     stop: StopConfig = StopConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()
     runtime: RuntimeConfig = RuntimeConfig()
     # No setting: the keys of [model] that a recipe, its preset or an override gives.
     given: frozenset[str] = field(default=frozenset(), compare=False, repr=False)
@@ -346,6 +356,18 @@ class RunConfig:
 def settings_of(config: Any) -> list[dataclasses.Field[Any]]:
     """The fields of a RunConfig, or of one of its sections, that are keys of a recipe."""
     return [item for item in dataclasses.fields(config) if item.name != "given"]
+
+
+def by_key(config: RunConfig) -> dict[str, Any]:
+    """The settings of a recipe by dotted key."""
+    values: dict[str, Any] = {}
+    for item in settings_of(config):
+        value = getattr(config, item.name)
+        if dataclasses.is_dataclass(value):
+            values |= {f"{item.name}.{f.name}": getattr(value, f.name) for f in settings_of(value)}
+        else:
+            values[item.name] = value
+    return values
 
 
 def packaged_recipes() -> list[str]:

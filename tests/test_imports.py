@@ -169,6 +169,9 @@ HEAVY = [
     "pyarrow",
     "matplotlib",
     "tensorboard",
+    "wandb",
+    "mlflow",
+    "trackio",
 ]
 
 

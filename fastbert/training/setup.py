@@ -29,10 +29,10 @@ from fastbert.cluster.group import Group
 from fastbert.config import (
     DEEPSPEED,
     RunConfig,
+    by_key,
     dump_config,
     load_config,
     parse_config,
-    settings_of,
 )
 from fastbert.data.batches import Batches, heldout_batches
 from fastbert.data.dataset import TokenDataset, other_files
@@ -48,6 +48,7 @@ from fastbert.training.ds_config import DeepSpeedSettings, read_ds_config
 from fastbert.training.engine import check_settings
 from fastbert.training.graphs import check_cuda_graphs
 from fastbert.training.initial import open_initial, put, with_sizes
+from fastbert.training.loggers import check_loggers
 from fastbert.training.metrics import read_metrics
 from fastbert.training.optimizer import slots
 from fastbert.training.precision import Precision, resolve_precision
@@ -65,6 +66,7 @@ FREE = (
     "stop",
     "evaluate",
     "checkpoint",
+    "log",
     "runtime",
     "batch.micro_batch_tokens",
 )
@@ -276,6 +278,8 @@ def set_up(config: RunConfig, recipe: str, resume: bool, group: Group) -> Setup:
             config, initial = _start_from(config, recipe, resume)
         settings = read_ds_config(config, recipe)
         check_settings(settings)
+        if group.is_main:
+            check_loggers(config, recipe)
     dataset = open_verified(config.data, group)
     with group.raise_on_all_ranks():
         _check_memory(config, dataset.vocab_size, group.world, recipe)
@@ -517,8 +521,8 @@ def _check_same_run(
     if not isinstance(text, str):
         raise InputError(f"{found.path}: no recipe in its metadata; take another checkpoint")
     TrainState.read(found.metadata.get("progress"), str(found.path))
-    before = _flat(parse_config(text, str(found.path)))
-    now = _flat(config)
+    before = by_key(parse_config(text, str(found.path)))
+    now = by_key(config)
     changed = [key for key in now if now[key] != before.get(key) and not _among(key, FREE)]
     for key in changed:
         if not _among(key, NOTED):
@@ -558,20 +562,6 @@ def _check_tensors(config: RunConfig, dataset: TokenDataset, found: Checkpoint) 
                 f"{found.path}: {slot}/{wrong[0]} is missing or does not have the shape that the "
                 "recipe gives; take another checkpoint"
             )
-
-
-def _flat(config: RunConfig) -> dict[str, Any]:
-    """The recipe's values by dotted key."""
-    values: dict[str, Any] = {}
-    for item in settings_of(config):
-        value = getattr(config, item.name)
-        if dataclasses.is_dataclass(value):
-            values |= {
-                f"{item.name}.{f.name}": getattr(value, f.name) for f in dataclasses.fields(value)
-            }
-        else:
-            values[item.name] = value
-    return values
 
 
 def _among(key: str, places: tuple[str, ...]) -> bool:
