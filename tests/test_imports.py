@@ -31,6 +31,8 @@ MAY_IMPORT = {
     "fastbert.terminal": set(),
     "fastbert.presence": {"fastbert.errors"},
     "fastbert.regular_file": set(),
+    "fastbert.storage": {"fastbert.errors", "fastbert.presence", "fastbert.regular_file"},
+    "fastbert.cache": {"fastbert.errors"},
     "fastbert.config": {"fastbert.errors", "fastbert.regular_file"},
     "fastbert.machine": {"fastbert.child", "fastbert_kernels"},
     "fastbert.doctor": {"fastbert.machine"},
@@ -39,6 +41,8 @@ MAY_IMPORT = {
     # Data modules know neither the model nor the run. Modules that read a dataset during training
     # know nothing of how it is made.
     "fastbert.data": {
+        "fastbert.cache",
+        "fastbert.storage",
         "fastbert.child",
         "fastbert.config",
         "fastbert.durable",
@@ -50,6 +54,8 @@ MAY_IMPORT = {
     },
     # The format of a model on disk.
     "fastbert.checkpoints": {
+        "fastbert.cache",
+        "fastbert.storage",
         "fastbert.cluster",
         "fastbert.config",
         "fastbert.data",
@@ -60,6 +66,8 @@ MAY_IMPORT = {
     },
     "fastbert.models": {"fastbert.config", "fastbert.data", "fastbert.errors", "fastbert_kernels"},
     "fastbert.training": {
+        "fastbert.cache",
+        "fastbert.storage",
         "fastbert.checkpoints",
         "fastbert.child",
         "fastbert.cluster",
@@ -104,6 +112,8 @@ MAY_IMPORT = {
         "fastbert.training.parallel_model",
     },
     "fastbert.tasks": {
+        "fastbert.cache",
+        "fastbert.storage",
         "fastbert.checkpoints",
         "fastbert.cluster.group",
         "fastbert.config",
