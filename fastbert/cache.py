@@ -29,8 +29,9 @@ _held: dict[Path, int] = {}  # copies that this process uses, with the descripto
 
 
 def cache_folder() -> Path:
-    """The folder of all copies."""
-    return Path(os.environ.get(FOLDER) or Path.home() / ".cache/fastbert").expanduser().absolute()
+    """The folder of all copies; the variable may name others, such as $SLURM_JOB_ID."""
+    text = os.path.expandvars(os.environ.get(FOLDER) or "~/.cache/fastbert")
+    return Path(text).expanduser().absolute()
 
 
 class Copy:

@@ -23,6 +23,7 @@ from typing import Any, ClassVar, cast
 
 from fastbert.errors import InputError
 from fastbert.regular_file import read_text
+from fastbert.storage import Place, is_url, place, read
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -425,7 +426,7 @@ def load_config(
         _merge(values, recipe, "", source, sources)
     else:
         source = str(recipe)
-        values = _read(find_recipe(recipe), source)
+        values = _read(place(source) if is_url(source) else find_recipe(recipe), source)
     if isinstance(overrides, Mapping):
         _merge(values, overrides, "", OVERRIDES, sources)
     else:
@@ -434,10 +435,10 @@ def load_config(
     return _build(values, source, sources)
 
 
-def _read(path: Path, name: str) -> dict[str, Any]:
+def _read(at: Place, name: str) -> dict[str, Any]:
     """The tables of a TOML file; `name` is the one to show in messages."""
     try:
-        return tomllib.loads(read_text(path))
+        return tomllib.loads(read_text(at) if isinstance(at, Path) else read(at).decode())
     except OSError as error:
         raise InputError(f"{name}: cannot be read as a recipe: {error.strerror}") from None
     except UnicodeDecodeError as error:
@@ -675,7 +676,10 @@ def _value(spec: dataclasses.Field[Any], hint: Any, value: Any, key: str, where:
         if not isinstance(value, str) or not value:
             raise wrong("a string that is not empty")
         if key in PATHS:
-            value = os.path.expanduser(value)
+            try:
+                value = os.path.expanduser(str(place(value)) if is_url(value) else value)
+            except InputError as error:
+                raise InputError(f"{where}: {key}: {error}") from None
         options = spec.metadata.get("options")
         if options and value not in options:
             raise wrong("one of " + ", ".join(options))

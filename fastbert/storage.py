@@ -307,6 +307,12 @@ def write_new(at: Url, data: bytes) -> bool:
         return read(at) == data
 
 
+def put(file: Path, at: Url) -> None:
+    """Put a file as an object; one of that name is replaced. Raises as `write`."""
+    fs, path = _open(at)
+    _ask(at, lambda: fs.put_file(str(file), path))
+
+
 def upload(file: Path, at: Url, sha256: str) -> None:
     """Put a file as an object, and read it back from the store.
 
@@ -319,8 +325,7 @@ def upload(file: Path, at: Url, sha256: str) -> None:
         OSError: the store does not answer, or gives back other bytes.
         InputError: as `size`.
     """
-    fs, path = _open(at)
-    _ask(at, lambda: fs.put_file(str(file), path))
+    put(file, at)
     digest, length = hashlib.sha256(), file.stat().st_size
     for data in _pieces(at, length):
         digest.update(data)

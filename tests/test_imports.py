@@ -33,7 +33,7 @@ MAY_IMPORT = {
     "fastbert.regular_file": set(),
     "fastbert.storage": {"fastbert.errors", "fastbert.presence", "fastbert.regular_file"},
     "fastbert.cache": {"fastbert.errors"},
-    "fastbert.config": {"fastbert.errors", "fastbert.regular_file"},
+    "fastbert.config": {"fastbert.errors", "fastbert.regular_file", "fastbert.storage"},
     "fastbert.machine": {"fastbert.child", "fastbert_kernels"},
     "fastbert.doctor": {"fastbert.machine"},
     # The processes of a run, independent of what they compute.

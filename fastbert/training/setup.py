@@ -5,6 +5,7 @@ A run begins in an empty folder or at the newest valid checkpoint of an earlier 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import hashlib
@@ -21,9 +22,10 @@ import torch
 from torch import Tensor
 
 from fastbert.checkpoints import checkpoint
+from fastbert.checkpoints.bucket import Attempt, Bucket, BucketLock
 from fastbert.checkpoints.checkpoint import WEIGHT, Checkpoint
 from fastbert.checkpoints.model_folder import ModelParts, tokenizer_sha256, trained_length
-from fastbert.checkpoints.ownership import CLAIM, RunLock
+from fastbert.checkpoints.ownership import CLAIM, LostOwnership, RunLock
 from fastbert.checkpoints.weight_names import check_layers, shapes
 from fastbert.cluster.group import Group
 from fastbert.config import (
@@ -44,6 +46,7 @@ from fastbert.machine import memory_sizes, processes_for
 from fastbert.models.build import Model, build_model
 from fastbert.presence import is_file, is_folder, names_in, status, unreadable
 from fastbert.regular_file import read_bytes
+from fastbert.storage import Url, is_url, objects, place, read
 from fastbert.training.ds_config import DeepSpeedSettings, read_ds_config
 from fastbert.training.engine import check_settings
 from fastbert.training.graphs import check_cuda_graphs
@@ -52,6 +55,7 @@ from fastbert.training.loggers import check_loggers
 from fastbert.training.metrics import read_metrics
 from fastbert.training.optimizer import slots
 from fastbert.training.precision import Precision, resolve_precision
+from fastbert.training.rounds import answering, in_rounds
 from fastbert.training.train_state import StopCriteria, TrainState
 from fastbert.training.verified_dataset import open_verified
 
@@ -87,14 +91,26 @@ class Start:
     """Where a run begins.
 
     Attributes:
-        run: the run folder, which may be written to.
+        run: the run folder on this machine, which may be written to.
         checkpoint: the checkpoint to resume from; None for a start from the beginning.
         notes: lines for the user, for example on damaged checkpoints that were skipped.
+        bucket: where the run is; None where `run` is the run folder itself.
     """
 
     run: Path
     checkpoint: Checkpoint | None
     notes: list[str] = field(default_factory=list)
+    bucket: Bucket | None = None
+
+    @property
+    def place(self) -> str:
+        """The run folder as the user knows it."""
+        return str(self.bucket.url if self.bucket else self.run)
+
+    def close(self) -> None:
+        """Remove what this process needs of a run in a bucket while it runs."""
+        if self.bucket is not None:
+            self.bucket.close()
 
     def dump(self) -> dict[str, Any]:
         """Convert to JSON, for the other ranks."""
@@ -117,6 +133,86 @@ class Start:
         )
 
 
+def open_bucket_run(
+    config: RunConfig, recipe: str, dataset: TokenDataset, resume: bool, group: Group
+) -> Start:
+    """Find where a run in a bucket begins; every rank calls it, and it changes no run.
+
+    Each machine gets a copy of the checkpoint. Arguments and errors as `open_run`.
+    """
+    place = f"{recipe}: run = {config.run!r}"
+    with group.raise_on_all_ranks(), answering():
+        bucket = Bucket(Url(config.run))
+    try:
+        return _open_bucket_run(config, recipe, dataset, resume, group, bucket, place)
+    except BaseException:
+        bucket.close()
+        raise
+
+
+def _open_bucket_run(
+    config: RunConfig,
+    recipe: str,
+    dataset: TokenDataset,
+    resume: bool,
+    group: Group,
+    bucket: Bucket,
+    place: str,
+) -> Start:
+    candidates: dict[Attempt, dict[str, int]] = {}
+    with group.raise_on_all_ranks(), answering():
+        if group.is_main:
+            try:
+                bucket.check_folder()
+            except InputError as error:
+                raise InputError(f"{place}: {error}") from None
+            candidates = bucket.checkpoints()
+            if candidates and not resume:
+                raise _resume_is_missing(place)
+            bucket.read_records()
+            if not candidates:
+                _check_nothing_is_lost(bucket.work, place, resume)
+    complaints: list[str] = []
+    while group.broadcast(bool(candidates)):
+        copy = None
+        with group.raise_on_all_ranks(), answering():
+            attempt, manifest = None, None
+            if group.is_main:
+                attempt = next(iter(candidates))
+                manifest = bucket.read_manifest(attempt, candidates.pop(attempt))
+        name, valid = group.broadcast(
+            [attempt.name, not isinstance(manifest, str)] if attempt else None
+        )
+        at = f"{bucket.url}/checkpoints/{name}"
+        if not valid:
+            complaints.append(f"{at}: damaged: {manifest}")
+            continue
+        with group.raise_on_all_ranks(), answering():
+            attempt = Attempt.of(name)
+            assert attempt is not None
+            if not group.is_main:
+                manifest = bucket.read_manifest(attempt, bucket.attempts()[attempt])
+            if isinstance(manifest, str):
+                raise InputError(f"{at}: damaged: {manifest}")
+            assert manifest is not None
+            copy = bucket.copy(attempt, manifest)
+        in_rounds(copy, f"fetching {at}", group)
+        problems = [problem for problem in group.gather(copy.problem) if problem]
+        if problems:
+            complaints.append(f"{at}: damaged: {problems[0]}")
+            continue
+        notes = [*complaints, f"resuming from {at}, the newest valid one"] if complaints else []
+        with group.raise_on_all_ranks():
+            if group.is_main:
+                notes += _check_same_run(config, recipe, dataset, copy.checkpoint)
+        return Start(bucket.work, copy.checkpoint, notes, bucket)
+    complaints = group.broadcast(complaints)
+    if complaints:
+        raise _none_is_valid(complaints)
+    notes = [_from_the_beginning(config.run)] if resume else []
+    return Start(bucket.work, None, notes, bucket)
+
+
 def open_run(config: RunConfig, recipe: str, dataset: TokenDataset, resume: bool) -> Start:
     """Find where to begin; it writes nothing.
 
@@ -135,22 +231,33 @@ def open_run(config: RunConfig, recipe: str, dataset: TokenDataset, resume: bool
     _check_folder(run, place)
     if not checkpoint.exists(run):
         _check_nothing_is_lost(run, place, resume)
-        note = f"{run}: no checkpoint to resume from; starting from the beginning"
-        return Start(run, None, [note] if resume else [])
+        return Start(run, None, [_from_the_beginning(run)] if resume else [])
     if not resume:
-        raise InputError(
-            f"{place}: holds a run with checkpoints; "
-            "resume with --resume, or give another folder by run=..."
-        )
+        raise _resume_is_missing(place)
     found, notes = checkpoint.newest_valid(run)
     if found is None:
-        raise InputError(
-            f"{notes[0]}; no valid checkpoint is left there; "
-            "give another folder by run=... to start a new run"
-        )
+        raise _none_is_valid(notes)
     if notes:
-        notes = [*notes, f"resuming from {found.path}, the newest valid one"]
+        notes = [*notes, f"resuming from {found.place}, the newest valid one"]
     return Start(run, found, [*notes, *_check_same_run(config, recipe, dataset, found)])
+
+
+def _resume_is_missing(place: str) -> InputError:
+    return InputError(
+        f"{place}: holds a run with checkpoints; "
+        "resume with --resume, or give another folder by run=..."
+    )
+
+
+def _none_is_valid(complaints: list[str]) -> InputError:
+    return InputError(
+        f"{complaints[0]}; no valid checkpoint is left there; "
+        "give another folder by run=... to start a new run"
+    )
+
+
+def _from_the_beginning(run: object) -> str:
+    return f"{run}: no checkpoint to resume from; starting from the beginning"
 
 
 def _check_folder(run: Path, place: str) -> None:
@@ -292,9 +399,12 @@ def set_up(config: RunConfig, recipe: str, resume: bool, group: Group) -> Setup:
         )
         if config.init is not None and initial is not None:
             put(config.init, initial, model, dataset, recipe)
-        if group.is_main:
+        if group.is_main and not is_url(config.run):
             start = open_run(config, recipe, dataset, resume)
-    start = Start.load(group.broadcast(start.dump() if start else None))
+    if is_url(config.run):
+        start = open_bucket_run(config, recipe, dataset, resume, group)
+    else:
+        start = Start.load(group.broadcast(start.dump() if start else None))
     precision = resolve_precision(
         config.runtime.precision,
         _precision_before(start.checkpoint),
@@ -345,7 +455,7 @@ def set_up(config: RunConfig, recipe: str, resume: bool, group: Group) -> Setup:
         precision=precision,
         at_once=at_once,
         model=model,
-        state=TrainState.read(found.metadata["progress"], str(found.path))
+        state=TrainState.read(found.metadata["progress"], str(found.place))
         if found
         else TrainState(),
         criteria=StopCriteria(config, batches.steps_per_epoch),
@@ -358,7 +468,7 @@ def _precision_before(found: Checkpoint | None) -> str:
     """Return the resolved precision of the run that saved a checkpoint; "auto" if there is none."""
     if found is None:
         return "auto"
-    return parse_config(found.metadata["recipe"], str(found.path)).runtime.precision
+    return parse_config(found.metadata["recipe"], str(found.place)).runtime.precision
 
 
 def _largest_product(config: RunConfig, vocab_size: int) -> int:
@@ -405,11 +515,24 @@ def _start_from(
     Where a run is resumed, its checkpoint has the weights, so the model is None.
     """
     assert config.init is not None
-    resolved = Path(config.run) / "config.toml"
-    if resume and checkpoint.exists(Path(config.run)) and is_file(resolved):
-        return with_sizes(config, load_config(resolved).model, recipe), None
+    if resume and (before := _resolved_before(config.run)) is not None:
+        return with_sizes(config, before.model, recipe), None
     initial = open_initial(config.init)
     return with_sizes(config, initial.config, recipe), initial
+
+
+def _resolved_before(run: str) -> RunConfig | None:
+    """Return the resolved recipe of a run that has checkpoints; None where it has none."""
+    at = place(run)
+    if isinstance(at, Path):
+        there = checkpoint.exists(at) and is_file(at / "config.toml")
+        return load_config(at / "config.toml") if there else None
+    with answering():
+        if "manifest.json" in {e.name.rpartition("/")[2] for e in objects(at / "checkpoints")}:
+            with contextlib.suppress(FileNotFoundError):
+                text = read(at / "config.toml").decode("utf-8", "replace")
+                return parse_config(text, str(at / "config.toml"))
+    return None
 
 
 def _digest(weights: Mapping[str, Tensor]) -> str:
@@ -420,18 +543,19 @@ def _digest(weights: Mapping[str, Tensor]) -> str:
     return sha.hexdigest()
 
 
-def take_folder(setup: Setup, group: Group) -> RunLock:
+def take_folder(setup: Setup, group: Group) -> RunLock | BucketLock:
     """Take over the run folder, and write the files that a run begins with.
 
     Raises:
         InputError: the folder cannot be made or written, or a rank does not see it.
     """
-    token = None
-    with group.raise_on_all_ranks():
+    bucket, token = setup.start.bucket, None
+    with group.raise_on_all_ranks(), answering():
         if group.is_main:
-            token = _prepare(setup).token
-    owner = RunLock(setup.start.run, group.broadcast(token))
-    with group.raise_on_all_ranks():
+            token = _prepare(setup)
+    token = group.broadcast(token)
+    owner = RunLock(setup.start.run, token) if bucket is None else BucketLock(bucket, int(token))
+    with group.raise_on_all_ranks(), answering():
         deadline = time.monotonic() + SHARED_DISK_S
         while not owner.holds():
             if time.monotonic() > deadline:
@@ -440,31 +564,47 @@ def take_folder(setup: Setup, group: Group) -> RunLock:
                     "give a folder on a disk that all machines share"
                 )
             time.sleep(0.1)
+    if group.is_main and isinstance(owner, BucketLock):
+        owner.watch()
     return owner
 
 
-def _prepare(setup: Setup) -> RunLock:
+def _prepare(setup: Setup) -> str:
     """Claim the folder, and write the resolved recipe and a copy of the tokenizer.
 
     With the copy, the run's model can be used when the dataset is gone.
+
+    Returns:
+        The token of the claim.
     """
-    run, config = setup.start.run, setup.config
+    start, config = setup.start, setup.config
     tokenizer = {
         Path(name).name: _read_plain(setup.dataset.path / name)
         for name in other_files(setup.dataset.has_words)
         if name.startswith("tokenizer/")
     }
     try:
-        run.mkdir(parents=True, exist_ok=True)
-        owner = RunLock.claim(run)
-        write_whole(run / "config.toml", dump_config(config).encode())
-        (run / "tokenizer").mkdir(exist_ok=True)
+        start.run.mkdir(parents=True, exist_ok=True)
+        if start.bucket is None:
+            token = RunLock.claim(start.run).token
+        else:
+            step = start.checkpoint.step if start.checkpoint else 0
+            token = start.bucket.claim(step).token
+            if start.checkpoint is None:
+                start.bucket.remove_records()
+        write_whole(start.run / "config.toml", dump_config(config).encode())
+        (start.run / "tokenizer").mkdir(exist_ok=True)
         for name, data in tokenizer.items():
-            write_whole(run / "tokenizer" / name, data)
-        return owner
+            write_whole(start.run / "tokenizer" / name, data)
+        if start.bucket is not None:
+            start.bucket.upload_records(int(token))
+        return token
+    except LostOwnership as error:
+        raise InputError(f"{error}; two starts at the same time") from None
     except OSError as error:
         raise InputError(
-            f"run = {config.run!r}: {error.filename or run} cannot be written: {error.strerror}"
+            f"run = {config.run!r}: {error.filename or start.run} cannot be written: "
+            f"{error.strerror}"
         ) from None
 
 
@@ -519,21 +659,21 @@ def _check_same_run(
     """
     text = found.metadata.get("recipe")
     if not isinstance(text, str):
-        raise InputError(f"{found.path}: no recipe in its metadata; take another checkpoint")
-    TrainState.read(found.metadata.get("progress"), str(found.path))
-    before = by_key(parse_config(text, str(found.path)))
+        raise InputError(f"{found.place}: no recipe in its metadata; take another checkpoint")
+    TrainState.read(found.metadata.get("progress"), str(found.place))
+    before = by_key(parse_config(text, str(found.place)))
     now = by_key(config)
     changed = [key for key in now if now[key] != before.get(key) and not _among(key, FREE)]
     for key in changed:
         if not _among(key, NOTED):
             raise InputError(
-                f"{recipe}: {key} = {now[key]!r}, but the checkpoint {found.path} "
+                f"{recipe}: {key} = {now[key]!r}, but the checkpoint {found.place} "
                 f"was trained with {before[key]!r}; "
                 "set it back, or start another run by run=..."
             )
     if dataset.sha256 != found.metadata.get("dataset_sha256"):
         raise InputError(
-            f"{recipe}: data = {config.data!r}: not the dataset that {found.path} was trained on; "
+            f"{recipe}: data = {config.data!r}: not the dataset that {found.place} was trained on; "
             "give that one, or start another run by run=..."
         )
     _check_tensors(config, dataset, found)
@@ -550,7 +690,7 @@ def _check_tensors(config: RunConfig, dataset: TokenDataset, found: Checkpoint) 
         InputError: it does not.
     """
     tensors = checkpoint.read_all(found.path)
-    check_layers(config.model.num_hidden_layers, len(tensors.get(WEIGHT, ())), str(found.path))
+    check_layers(config.model.num_hidden_layers, len(tensors.get(WEIGHT, ())), str(found.place))
     wanted = {WEIGHT: shapes(config.model, dataset.vocab_size)}
     for name, shape in wanted[WEIGHT].items():
         for slot in slots(config.optimizer, name, shape):
@@ -559,7 +699,7 @@ def _check_tensors(config: RunConfig, dataset: TokenDataset, found: Checkpoint) 
         there = tensors[slot].shapes() if slot in tensors else {}
         if wrong := sorted(name for name in {*named, *there} if there.get(name) != named.get(name)):
             raise InputError(
-                f"{found.path}: {slot}/{wrong[0]} is missing or does not have the shape that the "
+                f"{found.place}: {slot}/{wrong[0]} is missing or does not have the shape that the "
                 "recipe gives; take another checkpoint"
             )
 
