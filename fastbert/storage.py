@@ -156,6 +156,22 @@ def size(at: Place) -> int | None:
     return None if found["type"] == "directory" else int(found["size"])
 
 
+def stamp(at: Place) -> tuple[int, str]:
+    """Return the bytes of a file or object and what changes when it is written again.
+
+    Raises:
+        OSError: there is none, or the store does not answer.
+        InputError: as `size`.
+    """
+    if isinstance(at, Path):
+        found = at.stat()
+        return found.st_size, str(found.st_mtime_ns)
+    fs, path = _open(at)
+    info = _ask(at, lambda: fs.info(path))
+    keys = ("ETag", "etag", "crc32c", "blob_id", "LastModified", "mtime", "created")
+    return int(info["size"]), str(next((info[key] for key in keys if info.get(key)), ""))
+
+
 def objects(folder: Place) -> list[Entry]:
     """Return all files below a folder, by name; none where there is no folder. As `size` raises."""
     if isinstance(folder, Path):

@@ -87,6 +87,7 @@ MAY_IMPORT = {
         "fastbert_kernels",
     },
     "fastbert.planning": {
+        "fastbert.storage",
         "fastbert.config",
         "fastbert.data",
         "fastbert.errors",

@@ -232,6 +232,39 @@ class Bucket:
         return self.url / CHECKPOINTS / attempt.name
 
 
+def fetch_model(url: Url) -> Path:
+    """Copy the newest valid checkpoint of a run to this machine, with the tokenizer.
+
+    Returns:
+        The folder of the checkpoint, which model_folder.open_model opens.
+
+    Raises:
+        InputError: there is no run with a valid checkpoint, or the store does not answer.
+    """
+    bucket = Bucket(url)
+    complaints: list[str] = []
+    try:
+        for attempt, there in bucket.checkpoints().items():
+            manifest = bucket.read_manifest(attempt, there)
+            problem = manifest if isinstance(manifest, str) else None
+            if not isinstance(manifest, str):
+                copy = bucket.copy(attempt, manifest, with_tokenizer=True)
+                for _ in copy:
+                    pass
+                if (problem := copy.problem) is None:
+                    return copy.checkpoint.path
+            complaints.append(f"{url / CHECKPOINTS / attempt.name}: damaged: {problem}")
+    except OSError as error:
+        raise InputError(f"{error.filename or url}: {error.strerror or error}") from None
+    finally:
+        bucket.close()
+    raise InputError(
+        f"{url}: a run without a valid checkpoint: {complaints[0]}"
+        if complaints
+        else f"{url}: no run with a checkpoint; give the URL of a run that fastbert made"
+    )
+
+
 class RunCopy:
     """A copy of a checkpoint, laid out as a run folder; iterated as cache.Copy.
 

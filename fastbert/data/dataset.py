@@ -30,11 +30,13 @@ from typing import Any
 import numpy as np
 
 from fastbert.data.mapped_file import map_file
+from fastbert.data.remote_dataset import fetch_dataset
 from fastbert.data.verify import AGAIN, Claim, NumberCheck, ids_below, offsets_to, verify_files
 from fastbert.durable import unsealed
 from fastbert.errors import InputError
 from fastbert.presence import is_folder
 from fastbert.regular_file import read_bytes, read_text
+from fastbert.storage import Url, is_url
 
 FORMAT = 2
 SPLITS = ("train", "heldout")
@@ -307,7 +309,7 @@ def open_dataset(path: str | Path, verify: bool = True) -> TokenDataset:
     """Open the dataset at `path`.
 
     Args:
-        path: the folder.
+        path: the folder, or its URL: then it is copied to this machine.
         verify: read every byte, as `TokenDataset.verify` does. Without it only the sizes are
             checked, for callers that verify separately.
 
@@ -315,7 +317,7 @@ def open_dataset(path: str | Path, verify: bool = True) -> TokenDataset:
         InputError: no such folder, no manifest, another format, or a file that is missing, cut
             short or changed.
     """
-    path = Path(path)
+    path = fetch_dataset(Url(str(path))) if is_url(path) else Path(path)
     again = "make it again with `fastbert prepare`"
     if not is_folder(path):
         raise InputError(

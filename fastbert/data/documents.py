@@ -34,7 +34,7 @@ from fastbert.data.rows import (
     parquet_names,
     shown,
 )
-from fastbert.data.sources import Source, find_sources
+from fastbert.data.sources import Source, find_sources, open_source
 from fastbert.data.unpack import (
     LONGEST_TEXT_BYTES,
     BadRecord,
@@ -93,7 +93,7 @@ def read_chunks(
     """
     for source in sources:
         try:
-            with open(source.path, "rb") as file:
+            with open_source(source) as file:
                 yield from READERS[source.format].chunks(source, file, text_field, skip_bad)
         except OSError as error:
             raise InputError(f"{source.path}: cannot be read: {error.strerror or error}") from None
@@ -327,7 +327,7 @@ def _parquet_chunks(
             )
         return [text_field]
 
-    row, size = 0, os.fstat(file.fileno()).st_size
+    row, size = 0, file.seek(0, os.SEEK_END)
     for batch, rows in parquet_batches(source, file, choose, CHUNK_BYTES):
         for texts in _bounded(source, column_of(batch, text_field), row + 1):
             part = pyarrow.record_batch({"text": texts})

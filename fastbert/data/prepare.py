@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
+from fastbert import storage
 from fastbert.data import baselines as baselines
 from fastbert.data.byte_level import rounded_up
 from fastbert.data.copies import find_copies, without_copies
@@ -246,13 +247,12 @@ def _advice_on_bad_records() -> Iterator[None]:
         raise InputError(f"{error}; or leave out what cannot be read: --bad-records skip") from None
 
 
-def _stamp(source: Source) -> tuple[int, int]:
-    """Return the size of a file and the time of its last change."""
+def _stamp(source: Source) -> tuple[int, str]:
+    """Return the size of a file and what a change of it changes."""
     try:
-        status = source.path.stat()
+        return storage.stamp(source.path)
     except OSError as error:
         raise InputError(f"{source.path}: cannot be read: {error.strerror}") from None
-    return status.st_size, status.st_mtime_ns
 
 
 @dataclass(frozen=True)

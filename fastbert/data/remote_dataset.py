@@ -50,6 +50,21 @@ def dataset_copy(url: Url) -> Copy:
     return Copy("datasets", hashlib.sha256(data).hexdigest(), total, make)
 
 
+def fetch_dataset(url: Url) -> Path:
+    """Copy a dataset to this machine, unless it is there; return its folder, which stays.
+
+    Raises:
+        InputError: as `dataset_copy`, or the store does not answer.
+    """
+    try:
+        copy = dataset_copy(url)
+        for _ in copy:
+            pass
+    except OSError as error:
+        raise InputError(f"{error.filename or url}: {error.strerror or error}") from None
+    return copy.path
+
+
 def files_of(manifest: dict[str, Any]) -> dict[str, tuple[int, str | None]]:
     """Size and SHA-256 of all files of a dataset by name; None where blocks have their own hashes.
 

@@ -16,7 +16,7 @@ from io import BufferedReader
 from typing import TYPE_CHECKING, Any
 
 from fastbert.data.quoting import has_quoted_fields
-from fastbert.data.sources import Source
+from fastbert.data.sources import Source, open_source
 from fastbert.data.unpack import LONGEST_TEXT_BYTES, is_broken, is_empty, lines
 from fastbert.errors import InputError
 
@@ -50,7 +50,7 @@ def read_rows(source: Source, choose: Choose) -> Iterator[tuple[int, Row]]:
         InputError: a file that is empty or cannot be read, or what `choose` raises.
     """
     try:
-        with open(source.path, "rb") as file:
+        with open_source(source) as file:
             if source.format == "jsonl":
                 yield from _json_rows(source, file, choose)
             elif source.format == "parquet":
@@ -272,7 +272,7 @@ def parquet_batches(
             f"{source.path}: Parquet compresses its own columns and is not read through "
             f"{source.compression}; unpack the file first"
         )
-    if os.fstat(file.fileno()).st_size == 0:
+    if file.seek(0, os.SEEK_END) == 0:
         raise is_empty(source)
     try:
         table = pyarrow.parquet.ParquetFile(file)

@@ -36,6 +36,7 @@ from fastbert.planning.flops import executed_flops, muon_flops, training_flops
 from fastbert.planning.memory import memory_by_part, stay_gathered
 from fastbert.planning.parameters import count_hidden, count_parameters
 from fastbert.presence import status
+from fastbert.storage import is_url
 from fastbert.training.ds_config import check_optimizer, read_ds_config
 
 if sys.version_info >= (3, 11):
@@ -609,7 +610,8 @@ def _examples(
     lengths = None
     if mean_length is not None:
         lengths = np.full(wanted, round(mean_length))
-    if dataset is None and status(Path(config.data)) is not None:
+    # A dataset in a bucket is not copied for an estimate.
+    if dataset is None and not is_url(config.data) and status(Path(config.data)) is not None:
         dataset = open_dataset(config.data)
     if dataset is not None:
         examples = Examples(
