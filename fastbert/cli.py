@@ -225,7 +225,8 @@ def prepare(
         typer.Argument(
             metavar="SOURCE",
             help="Text files or folders, or URLs of such (s3://bucket/folder/*.jsonl.gz): "
-            "txt, jsonl, csv, tsv, parquet; also .gz, .zst, .xz, .bz2.",
+            "txt, jsonl, json, csv, tsv, parquet, arrow (also of save_to_disk); with .gz, .zst, "
+            ".xz, .bz2.",
         ),
     ],
     out: Annotated[
@@ -267,7 +268,8 @@ def prepare(
         typer.Option(
             "--format",
             help="txt: a blank line ends a document; lines: each line is one; file: each file is "
-            "one; jsonl, csv, tsv or parquet: each record.  \\[default: by suffix; .txt is txt]",
+            "one; jsonl, csv, tsv, parquet or arrow: each record; json: each object of an array.  "
+            "\\[default: by suffix; .txt is txt]",
         ),
     ] = None,
     text_field: Annotated[

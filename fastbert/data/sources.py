@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shlex
 import stat
@@ -25,8 +26,10 @@ FORMATS = {
     "csv": (".csv",),
     "tsv": (".tsv",),
     "parquet": (".parquet",),
+    "arrow": (".arrow",),
+    "json": (".json",),
 }
-TABLES = ("csv", "tsv", "jsonl", "parquet")  # formats whose records have named fields
+TABLES = ("csv", "tsv", "jsonl", "parquet", "arrow")  # formats whose records have named fields
 COMPRESSIONS = (".gz", ".zst", ".xz", ".bz2")
 # Archives hold files with names; the command that unpacks them.
 ARCHIVES = {
@@ -41,6 +44,8 @@ ARCHIVES = {
 
 
 SUFFIX = "unknown suffix"  # a reason to leave a file out
+# What Dataset.save_to_disk of Hugging Face writes beside its .arrow files.
+_STATE, _INFO = "state.json", ("state.json", "dataset_info.json", "dataset_dict.json")
 
 
 @dataclass(frozen=True)
@@ -104,7 +109,7 @@ def find_sources(
                 else:
                     left_out.append(item if isinstance(item, LeftOut) else LeftOut(item, SUFFIX))
             if not found:
-                raise _nothing_in(path, text_format, left_out)
+                raise _nothing_in(path, text_format)
         else:
             found = [file_source(path, text_format)]
         for source in found:
@@ -140,8 +145,19 @@ def _remote_sources(url: Url, text_format: str | None, left_out: list[LeftOut]) 
     datasets = {
         name.rpartition("/")[0] for name in names if PurePosixPath(name).name == "manifest.json"
     }
+    saved = {
+        name.rpartition("/")[0]: _saved_to_disk((url / name).parent)
+        for name in names
+        if PurePosixPath(name).name == _STATE
+    }
     found = list[Source]()
     for name in names:
+        top, _, last = name.rpartition("/")
+        if (data := saved.get(top)) is not None and last.endswith(".arrow") and last not in data:
+            left_out.append(LeftOut(url / name, "a cache of datasets"))
+            continue
+        if last in _INFO and any(n.endswith(".arrow") for n in names):
+            continue
         if any(part.startswith(".") for part in name.split("/")):
             continue
         if any(str(parent) in datasets for parent in PurePosixPath(f"./{name}").parents):
@@ -151,7 +167,7 @@ def _remote_sources(url: Url, text_format: str | None, left_out: list[LeftOut]) 
         else:
             left_out.append(LeftOut(url / name, SUFFIX))
     if not found:
-        raise _nothing_in(url, text_format, left_out)
+        raise _nothing_in(url, text_format)
     return found
 
 
@@ -179,14 +195,8 @@ def file_source(
             "and name the folder"
         )
     if source is None and formats == tuple(FORMATS):
-        hint = ""
-        if _suffix(path)[0] == ".json":
-            name = shlex.quote(str(path))
-            hint = (
-                f" (jsonl for an object per line; of an array jq -c '.[]' {name} makes such lines)"
-            )
         raise InputError(
-            f"{path}: the suffix does not tell the format; add --format {'|'.join(FORMATS)}{hint}"
+            f"{path}: the suffix does not tell the format; add --format {'|'.join(FORMATS)}"
         )
     if source is None or source.format not in formats:
         raise InputError(f"{path}: must end in {_suffixes(None, formats)}")
@@ -216,9 +226,14 @@ def _walk(top: Path) -> Iterator[Path | LeftOut]:
         if {"manifest.json", "tokenizer"} <= names:
             yield LeftOut(folder, "a dataset of fastbert")
             return
+        data = _saved_to_disk(folder) if _STATE in names else None
+        yield from (folder / name for name in data or ())
         for entry in entries:
             path = folder / entry.name
-            if entry.name.startswith("."):
+            if entry.name.startswith(".") or (data is not None and entry.name in (*data, *_INFO)):
+                continue
+            if data is not None and path.suffix == ".arrow":
+                yield LeftOut(path, "a cache of datasets")
                 continue
             if _leads_nowhere(entry):
                 yield LeftOut(path, "a link to nothing")
@@ -243,6 +258,29 @@ def _walk(top: Path) -> Iterator[Path | LeftOut]:
         raise InputError(f"{error.filename}: cannot be read: {error.strerror}") from None
 
 
+def _saved_to_disk(folder: Place) -> list[str] | None:
+    """Return the data files of a folder that Dataset.save_to_disk wrote; None for any other.
+
+    Raises:
+        InputError: its rows are chosen by a file of indices, as older releases wrote them.
+    """
+    try:
+        state = json.loads(storage.read(folder / _STATE))
+        names = [str(file["filename"]) for file in state["_data_files"]]
+        indices = state.get("_indices_files") or state.get("_indices_data_files")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
+    if any("/" in name or name.startswith(".") for name in names):
+        return None
+    if indices:
+        raise InputError(
+            f"{folder}: its rows are chosen by a file of indices, as old releases of datasets "
+            f"wrote them; write it anew in Python: datasets.load_from_disk({str(folder)!r})"
+            ".flatten_indices().save_to_disk(...)"
+        )
+    return names
+
+
 def _identity(folder: Path) -> tuple[int, int]:
     status = folder.stat()
     return status.st_dev, status.st_ino
@@ -264,10 +302,10 @@ def _leads_nowhere(entry: os.DirEntry[str]) -> bool:
 def _source(path: Place, text_format: str | None, in_folder: bool) -> Source | None:
     suffix, compression = _suffix(path)
     if text_format is None:
-        # .json is often one big object, so it is not read as JSON lines unless --format says so.
+        # In a folder, .json is often a file of settings, so it is read only where --format says so.
         known = next(
             (name for name, endings in FORMATS.items() if suffix in endings and suffix != ".json"),
-            None,
+            "json" if suffix == ".json" and not in_folder else None,
         )
     else:
         fits = suffix in FORMATS[text_format] or not suffix or suffix[1:].isdigit()
@@ -275,15 +313,8 @@ def _source(path: Place, text_format: str | None, in_folder: bool) -> Source | N
     return Source(path, known, compression) if known else None
 
 
-def _nothing_in(folder: Place, text_format: str | None, left_out: Sequence[LeftOut]) -> InputError:
+def _nothing_in(folder: Place, text_format: str | None) -> InputError:
     """Return the error for a folder without a file to read."""
-    if any(item.path.suffix == ".arrow" for item in left_out):
-        in_parts = isinstance(folder, Path) and (folder / "dataset_dict.json").exists()
-        part = "['train']" if in_parts else ""
-        return InputError(
-            f"{folder}: written by save_to_disk of datasets; write Parquet in Python: datasets."
-            f"load_from_disk({str(folder)!r}){part}.to_parquet({folder.name + '.parquet'!r})"
-        )
     advice = "name a file or another folder"
     if text_format is None:
         advice += ", or add --format to read files without a suffix"
