@@ -6,13 +6,16 @@ own, and so has every rank: they share nothing but the bucket.
 
 from __future__ import annotations
 
+import json
 import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from fastbert import storage
+import fastbert
+from fastbert import cli, storage
 from fastbert.checkpoints.bucket import OWNERS, Attempt, Owner, _belongs
 from fastbert.checkpoints.failpoint import UPLOAD_POINTS
 from fastbert.durable import sha256_of
@@ -270,3 +273,27 @@ def test_bad_input_is_said_before_anything_is_written(lab, proxy, tmp_path):
     ) as ranks:
         assert ranks.wait() == [2] and "resume with --resume" in ranks.errors
     assert storage.names(trial.url / OWNERS) == ["00000001"]
+
+
+def test_a_run_in_a_bucket_by_its_url(lab, proxy, dataset_url, tmp_path, monkeypatch, capsys):
+    """From Python, and by commands; what is read is copied to this machine once."""
+    monkeypatch.setenv("FASTBERT_CACHE", str(tmp_path / "cache"))
+    trial = BucketTrial(tmp_path / "a", proxy, dataset_url)
+    result = fastbert.pretrain(
+        str(trial.recipe), {"data": str(dataset_url), "run": str(trial.url), "stop.steps": 4}
+    )
+    assert result.exit_code == 0 and result.run == str(trial.url)
+    (last,) = [r for r in trial.records(None) if r["step"] == 4]
+    assert result.metrics["train"]["loss"] == last["loss"]
+    weights = result.load().model.state_dict()
+    again = fastbert.load(str(trial.url)).model.state_dict()
+    assert weights.keys() == again.keys()
+    assert all(torch.equal(weights[name], again[name]) for name in weights)
+    capsys.readouterr()
+    assert cli.run(["evaluate", str(trial.url), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["step"] == 4
+    # Its resolved recipe is one, and a new run may begin with its model.
+    continued = f"run={trial.url}-more", f"init={trial.url}", "stop.steps=2"
+    assert cli.run(["pretrain", f"{trial.url}/config.toml", *continued]) == 0
+    assert cli.run(["evaluate", f"s3://{BUCKET}/none"]) == 2
+    assert "no run with a checkpoint" in capsys.readouterr().err
