@@ -16,7 +16,7 @@ import threading
 import types
 import typing
 from collections.abc import Generator, Iterable, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -26,6 +26,7 @@ from fastbert.heap import keep_heap
 
 if TYPE_CHECKING:
     from fastbert.data.report import Report
+    from fastbert.storage import Place
     from fastbert.tasks.pretrained import Pretrained
 
 # A run uses what a process has once: its signal handlers, its log, torch's process group and
@@ -39,7 +40,7 @@ class RunResult:
     """How a call of `pretrain` ended.
 
     Attributes:
-        run: the folder of the run.
+        run: the folder of the run; its URL where it is in a bucket.
         reason: why it stopped, in words, for example "stop.steps = 100".
         exit_code: that of `fastbert pretrain`: 0 when a stop condition was reached, 1 when the run
             failed, 75 when it was interrupted; `pretrain(..., resume=True)` then resumes it.
@@ -47,7 +48,7 @@ class RunResult:
             "heldout" the last evaluation. A key is missing if the run has no such record.
     """
 
-    run: Path
+    run: Path | str
     reason: str
     exit_code: int
     metrics: dict[str, dict[str, Any]] = field(repr=False)
@@ -84,7 +85,8 @@ def prepare(sources: str | Path | Iterable[str | Path], out: str | Path, **optio
 
     Args:
         sources: a text file or a folder, or several of them: txt, jsonl, csv, tsv or parquet.
-        out: the folder to make; it must not exist yet, unless `add=True` adds a part to it.
+        out: the folder to make, or its URL; it must not exist yet, unless `add=True` adds a part
+            to it.
         options: attributes of `fastbert.data.prepare.Options`: `vocab_size`, `algorithm`,
             `lowercase`, `keep_accents`, `tokenizer`, `heldout`, `text_format`, `text_field`,
             `bad_records`, `drop_copies`, `without`, `add`, `workers`, `engine`, `ray_address` and
@@ -99,6 +101,8 @@ def prepare(sources: str | Path | Iterable[str | Path], out: str | Path, **optio
         TypeError: there is no such option.
     """
     from fastbert.data.prepare import Options, prepare
+    from fastbert.data.remote_dataset import uploading
+    from fastbert.storage import Url, is_url
 
     with _in_python():
         if isinstance(sources, bytes) or not isinstance(sources, (str, os.PathLike, Iterable)):  # pyright: ignore[reportUnnecessaryIsInstance]
@@ -118,6 +122,9 @@ def prepare(sources: str | Path | Iterable[str | Path], out: str | Path, **optio
         keep_heap()
         # "~" is expanded by a shell, and here there is none.
         paths = [os.path.expanduser(path) for path in paths]
+        if is_url(out):
+            with uploading(Url(str(out))) as made:
+                return prepare(paths, made, **options)
         return prepare(paths, os.path.expanduser(out), **options)
 
 
@@ -193,6 +200,7 @@ def _pretrain(
         config = load_config(recipe, {**overrides, **tables}, branch_from)
         import torch
 
+        from fastbert.storage import is_url, place
         from fastbert.torch_defaults import torch_defaults
         from fastbert.training.loop import pretrain
         from fastbert.training.metrics import read_metrics
@@ -203,12 +211,30 @@ def _pretrain(
         # The caller's random number generators are not advanced.
         with random.fork_rng(), torch_defaults():
             ending = pretrain(config, name, resume, stop_request)
-    run = Path(config.run).absolute()
-    metrics: dict[str, dict[str, Any]] = {}
-    for record in read_metrics(run / "metrics.jsonl"):
-        if (kind := record.get("event")) in (None, "evaluate"):
-            metrics["heldout" if kind else "train"] = record
+    with _records(place(config.run)) as folder:
+        metrics: dict[str, dict[str, Any]] = {}
+        for record in read_metrics(folder / "metrics.jsonl"):
+            if (kind := record.get("event")) in (None, "evaluate"):
+                metrics["heldout" if kind else "train"] = record
+    run = str(config.run) if is_url(config.run) else Path(config.run).absolute()
     return RunResult(run, _as_python(ending.reason), ending.exit_code, metrics)
+
+
+@contextmanager
+def _records(run: Place) -> Generator[Path, None, None]:
+    """Yield a folder with the records of a run."""
+    if isinstance(run, Path):
+        yield run
+        return
+    import tempfile
+
+    from fastbert import storage
+
+    with tempfile.TemporaryDirectory() as folder:
+        with suppress(OSError):  # the store does not answer: a result without metrics
+            data = storage.read(run / "metrics.jsonl")
+            (Path(folder) / "metrics.jsonl").write_bytes(data)
+        yield Path(folder)
 
 
 @contextmanager

@@ -30,6 +30,7 @@ from fastbert.data.sources import FORMATS
 from fastbert.errors import Diverged, InputError
 from fastbert.heap import keep_heap
 from fastbert.out_of_memory import shortage
+from fastbert.storage import Url, is_url, place
 from fastbert.terminal import is_terminal, safe, tell
 
 DONE, FAILED, BAD_INPUT = 0, 1, 2
@@ -58,14 +59,23 @@ app = typer.Typer(
     "fastbert init data/my --minutes 30 --out my.toml && fastbert pretrain my.toml",
 )
 
-# Typer checks that a path exists, before anything heavy is imported.
+
+def _existing_folder(text: str) -> str:
+    """Check that a folder exists, before anything heavy is imported; a URL is checked later."""
+    if not is_url(text):
+        if not os.path.exists(text):
+            raise typer.BadParameter(f"Directory '{text}' does not exist.")
+        if not os.path.isdir(text):
+            raise typer.BadParameter(f"Directory '{text}' is a file.")
+    return text
+
+
 Model = Annotated[
-    Path,
+    str,
     typer.Argument(
         metavar="RUN|DIR",
-        help="A run, one of its checkpoints, or a Hugging Face folder.",
-        exists=True,
-        file_okay=False,
+        help="A run (also by its URL), one of its checkpoints, or a Hugging Face folder.",
+        parser=_existing_folder,
     ),
 ]
 Recipe = Annotated[
@@ -211,17 +221,19 @@ def options(
 )
 def prepare(
     sources: Annotated[
-        list[Path],
+        list[str],
         typer.Argument(
             metavar="SOURCE",
-            help="Text files or folders: txt, jsonl, csv, tsv, parquet; also .gz, .zst, .xz, .bz2.",
+            help="Text files or folders, or URLs of such (s3://bucket/folder/*.jsonl.gz): "
+            "txt, jsonl, json, csv, tsv, parquet, arrow (also of save_to_disk); with .gz, .zst, "
+            ".xz, .bz2.",
         ),
     ],
     out: Annotated[
-        Path,
+        str,
         typer.Option(
-            help="The folder to write the dataset to. Work in progress lies in OUT.work; the same "
-            "command run again continues it."
+            help="The folder to write the dataset to, or its URL. Work in progress lies in "
+            "OUT.work; the same command run again continues it."
         ),
     ],
     vocab_size: Annotated[
@@ -260,7 +272,8 @@ def prepare(
         typer.Option(
             "--format",
             help="txt: a blank line ends a document; lines: each line is one; file: each file is "
-            "one; jsonl, csv, tsv or parquet: each record.  \\[default: by suffix; .txt is txt]",
+            "one; jsonl, csv, tsv, parquet or arrow: each record; json: each object of an array.  "
+            "\\[default: by suffix; .txt is txt]",
         ),
     ] = None,
     text_field: Annotated[
@@ -308,6 +321,7 @@ def prepare(
 ) -> None:
     """Make a dataset from text: tokenizer, token ids, a held-out part and a report on the data."""
     from fastbert.data.prepare import prepare, prepare_share
+    from fastbert.data.remote_dataset import uploading
 
     options: dict[str, Any] = {
         "vocab_size": vocab_size,
@@ -326,23 +340,34 @@ def prepare(
         "engine": engine,
         "ray_address": ray_address,
     }
+    at = place(out)
     if task is not None:
-        _print(prepare_share(sources, out, task, **options))
+        if isinstance(at, Url):
+            raise InputError(
+                f"--task {task}: --out {out} is a URL; tasks share a folder, which is uploaded "
+                "when it is complete"
+            )
+        _print(prepare_share(sources, at, task, **options))
         return
-    report = prepare(sources, out, **options)
+    with uploading(at) if isinstance(at, Url) else contextlib.nullcontext(at) as made:
+        report = prepare(sources, made, **options)
     if as_json:
         print(report.json(), end="")
         return
     _console().print(report.table())
     # An absolute path, so that the command works from any directory.
-    data, recipe = shlex.quote(str(out.absolute())), shlex.quote(f"{out.name}.toml")
+    data = shlex.quote(str(at if isinstance(at, Url) else at.absolute()))
+    recipe = shlex.quote(f"{at.name}.toml")
     _print(f"{out}: ready; next: fastbert init {data} --minutes 30 --out {recipe}")
 
 
 @app.command(epilog="Example: fastbert init data/wiki --minutes 30 --out wiki.toml")
 def init(
     data: Annotated[
-        Path, typer.Argument(metavar="DATASET", help="A folder that `fastbert prepare` made.")
+        str,
+        typer.Argument(
+            metavar="DATASET", help="A folder that `fastbert prepare` made, or its URL."
+        ),
     ],
     minutes: Annotated[
         float, typer.Option(help="How long the training may take, with its evaluations.")
@@ -440,7 +465,7 @@ def recipes(
 def evaluate(
     model: Model,
     data: Annotated[
-        Path | None,
+        str | None,
         typer.Option(help="Another dataset with the same tokenizer.  \\[default: the run's own]"),
     ] = None,
     sequences: Annotated[

@@ -382,6 +382,15 @@ class PhaseConfig:
 
 
 @dataclass(frozen=True)
+class LogConfig:
+    """Trackers that get what the run measures; each key names a project there."""
+
+    wandb: str | None = None
+    mlflow: str | None = None
+    trackio: str | None = None
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """All settings of a run. Relative paths start at the working directory."""
 
@@ -403,6 +412,7 @@ class RunConfig:
     stop: StopConfig = StopConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()
     runtime: RuntimeConfig = RuntimeConfig()
     phase: tuple[PhaseConfig, ...] = ()
     # No setting: the keys of [model] that a recipe, its preset or an override gives.
@@ -464,3 +474,25 @@ def _given(section: Any) -> dict[str, Any]:
 def settings_of(config: Any) -> list[dataclasses.Field[Any]]:
     """The fields of a RunConfig, or of one of its sections, that are keys of a recipe."""
     return [item for item in dataclasses.fields(config) if item.name != "given"]
+
+
+def by_key(config: RunConfig) -> dict[str, Any]:
+    """The recipe's values by dotted key; phases are numbered from 1: phase.1.batch.sequences."""
+    values = _by_key(config, "")
+    own = tuple(source.weight for source in config.sources)
+    values["weights"] = own if any(own) and len(own) > 1 else config.weights
+    values["data"] = config.shown_data
+    for number, phase in enumerate(values.pop("phase"), 1):
+        values |= _by_key(phase, f"phase.{number}.")
+    return values
+
+
+def _by_key(section: Any, prefix: str) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for item in settings_of(section):
+        value, key = getattr(section, item.name), f"{prefix}{item.name}"
+        if dataclasses.is_dataclass(value):
+            values |= _by_key(value, f"{key}.")
+        else:
+            values[key] = value
+    return values

@@ -37,6 +37,7 @@ from fastbert.config import (
 from fastbert.errors import InputError
 from fastbert.recipe_checks import check_config
 from fastbert.regular_file import read_text
+from fastbert.storage import Place, is_url, place, read
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -111,7 +112,7 @@ def load_config(
         _merge(values, recipe, "", source, sources)
     else:
         source = str(recipe)
-        values = _read(find_recipe(recipe), source)
+        values = _read(place(source) if is_url(source) else find_recipe(recipe), source)
     if isinstance(overrides, Mapping):
         _merge(values, overrides, "", OVERRIDES, sources)
     else:
@@ -122,10 +123,10 @@ def load_config(
     return _build(values, source, sources)
 
 
-def _read(path: Path, name: str) -> dict[str, Any]:
+def _read(at: Place, name: str) -> dict[str, Any]:
     """The tables of a TOML file; `name` is the one to show in messages."""
     try:
-        return tomllib.loads(read_text(path))
+        return tomllib.loads(read_text(at) if isinstance(at, Path) else read(at).decode())
     except OSError as error:
         raise InputError(f"{name}: cannot be read as a recipe: {error.strerror}") from None
     except UnicodeDecodeError as error:
@@ -428,7 +429,10 @@ def _value(spec: dataclasses.Field[Any], hint: Any, value: Any, key: str, where:
             or_list = ", or a list of tables with a path each" if key == "data" else ""
             raise wrong("a string that is not empty" + or_list)
         if key in PATHS or spec.name == "path":
-            value = os.path.expanduser(value)
+            try:
+                value = os.path.expanduser(str(place(value)) if is_url(value) else value)
+            except InputError as error:
+                raise InputError(f"{where}: {key}: {error}") from None
         options = spec.metadata.get("options")
         if options and value not in options:
             raise wrong("one of " + ", ".join(options))

@@ -150,10 +150,14 @@ def _die_with(parent: int) -> None:
 if __name__ == "__main__":
     from fastbert.cli import main
 
+    # DeepSpeed imports MLflow where that is installed, and MLflow imports pyarrow, which starts a
+    # thread.
+    sys.modules["mlflow"] = None  # type: ignore[assignment]
     for module in HEAVY:
         with contextlib.suppress(ModuleNotFoundError):  # not every DeepSpeed has all of its modules
             importlib.import_module(module)
     warm_up()
+    del sys.modules["mlflow"]
     gc.freeze()  # a rank's first collection would copy the pages of all imports
     if (request := serve()) is not None:
         become(request)

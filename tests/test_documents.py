@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -183,16 +184,95 @@ def test_files_without_a_suffix(tmp_path: Path) -> None:
 
 
 def test_a_folder_of_save_to_disk(tmp_path: Path) -> None:
-    """The message on a folder of Dataset.save_to_disk has the command that makes Parquet."""
-    for name in ("data-00000-of-00001.arrow", "dataset_info.json", "state.json"):
-        write(tmp_path / name, "{}")
-    with pytest.raises(InputError, match=r"load_from_disk\('.*'\)\.to_parquet"):
-        find_sources([tmp_path])
-    (tmp_path / "more" / "train").mkdir(parents=True)
-    write(tmp_path / "more" / "dataset_dict.json", "{}")
-    write(tmp_path / "more" / "train" / "data-00000-of-00001.arrow", "")
-    with pytest.raises(InputError, match=r"load_from_disk\('.*'\)\['train'\]\.to_parquet"):
-        find_sources([tmp_path / "more"])
+    """As Dataset.save_to_disk writes it: in shards, shuffled, beside a cache, and in splits."""
+    rows = [{"text": f"Text {i}.", "doc": {"body": f"Body {i}."}} for i in range(50)]
+    dataset = datasets.Dataset.from_list(rows)
+    dataset.save_to_disk(tmp_path / "plain", num_shards=3)
+    write(tmp_path / "plain" / "cache-0123.arrow", "of a map that was made later")
+    assert list(read_documents([tmp_path / "plain"])) == [row["text"] for row in rows]
+    sources, left_out = find_sources([tmp_path / "plain"])
+    assert len(sources) == 3 and [item.reason for item in left_out] == ["a cache of datasets"]
+    found = read_documents([tmp_path / "plain"], text_field="doc.body")
+    assert list(found) == [row["doc"]["body"] for row in rows]
+    shuffled = dataset.shuffle(seed=3).select(range(20))
+    shuffled.save_to_disk(tmp_path / "shuffled")
+    assert list(read_documents([tmp_path / "shuffled"])) == shuffled["text"][:]
+    splits = datasets.DatasetDict(
+        train=dataset.select(range(40)), test=dataset.select(range(40, 50))
+    )
+    splits.save_to_disk(tmp_path / "splits")
+    assert sorted(read_documents([tmp_path / "splits"])) == sorted(row["text"] for row in rows)
+    assert list(read_documents([tmp_path / "splits" / "test"])) == splits["test"]["text"][:]
+    state = json.loads((tmp_path / "plain/state.json").read_text())
+    state["_indices_files"] = [{"filename": "indices.arrow"}]
+    write(tmp_path / "plain/state.json", json.dumps(state))
+    with pytest.raises(InputError, match=r"file of indices.*flatten_indices\(\)\.save_to_disk"):
+        find_sources([tmp_path / "plain"])
+
+
+@pytest.mark.parametrize("kind", ["string", "large_string", "string_view", "dictionary"])
+@pytest.mark.parametrize("form", ["stream", "file"])
+def test_arrow_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, form: str) -> None:
+    monkeypatch.setattr(documents, "CHUNK_BYTES", 100)
+    texts = [*DOCUMENTS, None, "x" * 300]
+    column = pyarrow.array(texts, "string")
+    column = column.dictionary_encode() if kind == "dictionary" else column.cast(kind)
+    table = pyarrow.table({"id": list(range(len(texts))), "text": column})
+    make = pyarrow.ipc.new_stream if form == "stream" else pyarrow.ipc.new_file
+    with make(str(tmp_path / "a.arrow"), table.schema) as writer:
+        writer.write_table(table, max_chunksize=4)
+    assert list(read_documents([tmp_path / "a.arrow"])) == [text or "" for text in texts]
+    sources, _ = find_sources([tmp_path / "a.arrow"])
+    chunks = list(read_chunks(sources))
+    assert len(chunks) > 2
+    whole = (tmp_path / "a.arrow").read_bytes()
+    for damaged in (whole[: len(whole) // 2], b"text", b""):
+        (tmp_path / "b.arrow").write_bytes(damaged)
+        with pytest.raises(InputError, match=r"b\.arrow: "):
+            list(read_documents([tmp_path / "b.arrow"]))
+    with pytest.raises(InputError, match="the column 'id' holds int64, not strings"):
+        list(read_documents([tmp_path / "a.arrow"], text_field="id"))
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+@pytest.mark.parametrize("piece", [1, 7, 1 << 20])
+def test_a_json_array(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, indent: int | None, piece: int
+) -> None:
+    """It is read in parts, wherever these end; what json.loads gives is the measure."""
+    rows = [{"n": i, "text": f'é"{i}" [\\] {{,}}\n', "more": [1, {"a": [i]}]} for i in range(30)]
+    text = json.dumps(rows, indent=indent, ensure_ascii=False)
+    path = write(tmp_path / "a.json", "\ufeff\n " + text + "\n")
+    monkeypatch.setattr(documents, "CHUNK_BYTES", 200)
+    plain = unpack._read_plain
+    monkeypatch.setitem(
+        unpack._UNPACK,
+        "",
+        lambda path, file: (
+            part[i : i + piece] for part in plain(path, file) for i in range(0, len(part), piece)
+        ),
+    )
+    assert list(read_documents([path])) == [row["text"] for row in json.loads(text)]
+    sources, _ = find_sources([path])
+    assert len(list(read_chunks(sources))) > 5
+
+
+def test_json_files_that_are_no_array_or_not_whole(tmp_path: Path) -> None:
+    lines = write(tmp_path / "lines.json", '{"text": "a"}\n{"text": "b"}\n')
+    assert list(read_documents([lines])) == ["a", "b"]
+    with pytest.raises(InputError, match="no file in this folder"):
+        find_sources([tmp_path])  # in a folder, .json may be anything
+    assert list(read_documents([tmp_path], "json")) == ["a", "b"]
+    for text, words in (
+        ('[{"text": "a"}, {"te', "object 2: not JSON"),
+        ('[{"text": "a"},', "object 2: the array has no end"),
+        ('[{"text": "a"}, 5]', "object 2: a JSON number, not an object"),
+        ("[" * 100_000, "object 1: not JSON"),
+        ("[]", "empty"),
+        ('[{"txt": "a"}]', "object 1: no field 'text'"),
+    ):
+        with pytest.raises(InputError, match=words):
+            list(read_documents([write(tmp_path / "x.json", text)]))
 
 
 @pytest.mark.parametrize("options", [{}, {"use_dictionary": False}, {"store_schema": False}])
@@ -412,7 +492,7 @@ def broken(tmp_path: Path) -> dict[str, tuple[Path | str, dict[str, str], list[s
             {},
             ["line 1", "not JSON", "jq -c ."],
         ),
-        "json file": (write(tmp_path / "jf.json", "[]"), {}, ["--format", "jq -c '.[]'"]),
+        "json file": (write(tmp_path / "jf.json", "[1]"), {}, ["object 1", "JSON number"]),
         "json deep": (write(tmp_path / "h.jsonl", "[" * 100_000), {}, ["line 1", "not JSON"]),
         "field": (
             write(tmp_path / "f.jsonl", '{"body": 1, "title": 2}'),

@@ -31,12 +31,15 @@ MAY_IMPORT = {
     "fastbert.terminal": set(),
     "fastbert.presence": {"fastbert.errors"},
     "fastbert.regular_file": set(),
+    "fastbert.storage": {"fastbert.errors", "fastbert.presence", "fastbert.regular_file"},
+    "fastbert.cache": {"fastbert.errors"},
     "fastbert.config": set(),
     "fastbert.recipe": {
         "fastbert.config",
         "fastbert.errors",
         "fastbert.recipe_checks",
         "fastbert.regular_file",
+        "fastbert.storage",
     },
     "fastbert.recipe_checks": {"fastbert.config", "fastbert.errors"},
     "fastbert.machine": {"fastbert.child", "fastbert_kernels"},
@@ -46,6 +49,8 @@ MAY_IMPORT = {
     # Data modules know neither the model nor the run. Modules that read a dataset during training
     # know nothing of how it is made.
     "fastbert.data": {
+        "fastbert.cache",
+        "fastbert.storage",
         "fastbert.child",
         "fastbert.config",
         "fastbert.durable",
@@ -57,6 +62,8 @@ MAY_IMPORT = {
     },
     # The format of a model on disk.
     "fastbert.checkpoints": {
+        "fastbert.cache",
+        "fastbert.storage",
         "fastbert.cluster",
         "fastbert.config",
         "fastbert.recipe",
@@ -68,6 +75,8 @@ MAY_IMPORT = {
     },
     "fastbert.models": {"fastbert.config", "fastbert.data", "fastbert.errors", "fastbert_kernels"},
     "fastbert.training": {
+        "fastbert.cache",
+        "fastbert.storage",
         "fastbert.checkpoints",
         "fastbert.child",
         "fastbert.cluster",
@@ -88,6 +97,7 @@ MAY_IMPORT = {
         "fastbert_kernels",
     },
     "fastbert.planning": {
+        "fastbert.storage",
         "fastbert.config",
         "fastbert.recipe",
         "fastbert.data",
@@ -115,6 +125,8 @@ MAY_IMPORT = {
         "fastbert.training.parallel_model",
     },
     "fastbert.tasks": {
+        "fastbert.cache",
+        "fastbert.storage",
         "fastbert.checkpoints",
         "fastbert.cluster.group",
         "fastbert.config",
@@ -181,6 +193,9 @@ HEAVY = [
     "pyarrow",
     "matplotlib",
     "tensorboard",
+    "wandb",
+    "mlflow",
+    "trackio",
 ]
 
 

@@ -26,7 +26,7 @@ import torch
 from fastbert.checkpoints import checkpoint
 from fastbert.checkpoints.checkpoint import MANIFEST, newest_valid, read_all, save
 from fastbert.checkpoints.failpoint import POINTS, reach
-from fastbert.checkpoints.saver import Saver
+from fastbert.checkpoints.saver import OnDisk, Saver
 from fastbert.cluster.group import join
 from tests.ranks import LAUNCHER, ROOT, environment, free_port
 
@@ -85,7 +85,7 @@ def saves(group, folder: Path, *steps: int, keep: int = 2, limit: int | None = N
 
     On the last rank no file may exceed `limit` bytes until a save has failed.
     """
-    saver, ends = Saver(group, folder, keep, "token"), []
+    saver, ends = Saver(group, OnDisk(folder, keep), "token"), []
     saver.sweep()
     for step in steps:
         if limit and group.rank == group.world - 1:
@@ -105,7 +105,7 @@ def continues(group, folder: Path) -> bool:
     gate, write = threading.Event(), checkpoint.write_share
     checkpoint.write_share = lambda *arguments: gate.wait(TIMEOUT_S) and write(*arguments)
     saver, state, metadata = (
-        Saver(group, folder, 2, "token"),
+        Saver(group, OnDisk(folder, 2), "token"),
         tensors(5),
         {"progress": {"seconds": 1.0}},
     )
@@ -120,7 +120,7 @@ def continues(group, folder: Path) -> bool:
 
 
 def not_finite(group, folder: Path) -> str | None:
-    saver, state = Saver(group, folder, 2, "token"), tensors(5)
+    saver, state = Saver(group, OnDisk(folder, 2), "token"), tensors(5)
     state[1][1][3, 3] = float("inf")
     saver.begin(5, state, {})
     return saver.finish().problem
@@ -128,7 +128,7 @@ def not_finite(group, folder: Path) -> str | None:
 
 def apart(group, folder: Path) -> str | None:
     """Save where every rank has a disk of its own."""
-    saver = Saver(group, folder / f"disk{group.rank}", 2, "token")
+    saver = Saver(group, OnDisk(folder / f"disk{group.rank}", 2), "token")
     saver.begin(5, tensors(5), {})
     return saver.finish().problem
 

@@ -67,14 +67,21 @@ class Checkpoint:
     """A checkpoint whose files are all there and have the sizes and hashes of its manifest.
 
     Attributes:
-        path: its folder.
+        path: its folder on this machine.
         step: optimizer steps done.
+        url: of the checkpoint in a bucket of which `path` is a copy.
         metadata: the run's recipe, dataset_sha256, vocab_size and progress.
     """
 
     path: Path
     step: int
     metadata: dict[str, Any]
+    url: str | None = None
+
+    @property
+    def place(self) -> str:
+        """Where the user knows it to be."""
+        return self.url or str(self.path)
 
 
 def save(
@@ -215,8 +222,8 @@ def publish(
             raise OSError(
                 errno.EIO, "does not have the size that its rank wrote", str(staging / name)
             )
-    manifest = {"format": FORMAT, "step": step, "metadata": dict(metadata), "files": dict(files)}
-    _write_durably(staging / MANIFEST, "manifest", [_manifest_bytes(manifest)])
+    manifest = manifest_of(step, files, metadata)
+    _write_durably(staging / MANIFEST, "manifest", [manifest_bytes(manifest)])
     sync(staging)
     if os.path.lexists(path) and isinstance(_read(path), Checkpoint):
         if _files(path) != manifest["files"]:
@@ -236,6 +243,13 @@ def publish(
     sync(folder.parent)  # in case the folder is new
     reach("published")
     return path
+
+
+def manifest_of(
+    step: int, files: Mapping[str, Mapping[str, Any]], metadata: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The values of a manifest without its own SHA-256; arguments as in `publish`."""
+    return {"format": FORMAT, "step": step, "metadata": dict(metadata), "files": dict(files)}
 
 
 def retire(folder: Path, step: int, keep: int) -> list[Path]:
@@ -453,33 +467,15 @@ def _read(path: Path) -> Checkpoint | str:
     if not _may_be_read(path / MANIFEST):
         return f"{MANIFEST} is not a file"
     try:
-        text = read_bytes(path / MANIFEST)
-        manifest = json.loads(text)
-        if manifest["format"] != FORMAT:
-            return (
-                f"{MANIFEST}: format = {manifest['format']!r}, "
-                f"this fastbert reads format {FORMAT}; "
-                "open it with the version that wrote it, and export it"
-            )
-        del manifest["sha256"]
-        if text != _manifest_bytes(manifest):
-            return f"{MANIFEST} does not have its own SHA-256"
-        found = Checkpoint(path, manifest["step"], manifest["metadata"])
-        entries = {
-            str(name): (int(entry["size"]), str(entry["sha256"]))
-            for name, entry in manifest["files"].items()
-        }
-        if type(found.step) is not int or not isinstance(found.metadata, dict) or not entries:
-            return f"{MANIFEST}: not the manifest of a checkpoint"
+        parsed = parse_manifest(read_bytes(path / MANIFEST))
     except FileNotFoundError:
         return f"{MANIFEST} is missing"
     except OSError as error:
         return _describe_damage(path / MANIFEST, error)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return f"{MANIFEST}: not the manifest of a checkpoint"
+    if isinstance(parsed, str):
+        return parsed
+    found, entries = Checkpoint(path, parsed.step, parsed.metadata), parsed.files
     for name, (size, digest) in entries.items():
-        if Path(name).name != name or not name.endswith(".safetensors"):
-            return f"{MANIFEST} names a file that is none of a checkpoint: {name!r}"
         if not _may_be_read(path / name):
             return f"{name} is not a file"
         try:
@@ -489,6 +485,46 @@ def _read(path: Path) -> Checkpoint | str:
                 return f"{name} does not have the SHA-256 of the manifest"
         except OSError as error:
             return _describe_damage(path / name, error)
+    return found
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The content of a valid manifest; `files` has size and SHA-256 by name."""
+
+    step: int
+    metadata: dict[str, Any]
+    files: dict[str, tuple[int, str]]
+
+
+def parse_manifest(text: bytes) -> Manifest | str:
+    """Read a manifest; a returned string says how it is damaged."""
+    try:
+        manifest = json.loads(text)
+        if manifest["format"] != FORMAT:
+            return (
+                f"{MANIFEST}: format = {manifest['format']!r}, "
+                f"this fastbert reads format {FORMAT}; "
+                "open it with the version that wrote it, and export it"
+            )
+        del manifest["sha256"]
+        if text != manifest_bytes(manifest):
+            return f"{MANIFEST} does not have its own SHA-256"
+        found = Manifest(
+            manifest["step"],
+            manifest["metadata"],
+            {
+                str(name): (int(entry["size"]), str(entry["sha256"]))
+                for name, entry in manifest["files"].items()
+            },
+        )
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return f"{MANIFEST}: not the manifest of a checkpoint"
+    if type(found.step) is not int or not isinstance(found.metadata, dict) or not found.files:
+        return f"{MANIFEST}: not the manifest of a checkpoint"
+    for name in found.files:
+        if Path(name).name != name or not name.endswith(".safetensors"):
+            return f"{MANIFEST} names a file that is none of a checkpoint: {name!r}"
     return found
 
 
@@ -509,7 +545,7 @@ def _describe_damage(file: Path, error: OSError) -> str:
     raise unreadable(file, error)
 
 
-def _manifest_bytes(manifest: dict[str, Any]) -> bytes:
+def manifest_bytes(manifest: dict[str, Any]) -> bytes:
     """The bytes of the manifest file.
 
     They are compared exactly, since JSON has two ways to write some letters and numbers, and a

@@ -33,6 +33,16 @@ POINTS = (
     "deleting",  # only where there is an old checkpoint: half of its files are deleted
     "saved",  # after all of it
 )
+# The same for a run in a bucket, beside those above up to "share-written" and "gathered".
+UPLOAD_POINTS = (
+    "uploading",  # every rank: before each file of its share
+    "share-uploaded",  # every rank
+    "records-uploaded",  # metrics and log
+    "publishing",  # before the manifest
+    "manifest-uploaded",
+    "retiring",  # only where there is an old checkpoint: its manifest is deleted, its files are not
+    "retired",
+)
 ACTIONS = ("kill", "stop", "full")
 
 
@@ -66,12 +76,11 @@ class _Wanted:
 
 @functools.cache
 def _wanted(text: str) -> _Wanted:
-    match = re.fullmatch(
-        rf"({'|'.join(POINTS)})(?::(\d+))?(?:@(\d+))?(?:=({'|'.join(ACTIONS)}))?", text
-    )
+    points = "|".join(POINTS + UPLOAD_POINTS)
+    match = re.fullmatch(rf"({points})(?::(\d+))?(?:@(\d+))?(?:=({'|'.join(ACTIONS)}))?", text)
     if match is None:  # a test of a misspelt name would pass without testing anything
         raise ValueError(
             f"FASTBERT_FAILPOINT = {text!r}: must be NAME[:RANK][@N][=kill|stop|full], "
-            f"NAME one of {', '.join(POINTS)}"
+            f"NAME one of {', '.join(POINTS + UPLOAD_POINTS)}"
         )
     return _Wanted(*match.groups())

@@ -13,13 +13,14 @@ discard   all ranks   delete what was written; older checkpoints stay
 from __future__ import annotations
 
 import copy
+import functools
 import shutil
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -27,6 +28,7 @@ from fastbert.checkpoints import checkpoint
 from fastbert.checkpoints.failpoint import reach
 from fastbert.cluster.group import Group
 from fastbert.errors import InputError
+from fastbert.storage import Place, place
 
 
 @dataclass(frozen=True)
@@ -41,9 +43,84 @@ class Saved:
     """
 
     step: int
-    path: Path | None
+    path: Place | None
     problem: str | None
     stall_s: float
+
+
+class Destination(Protocol):
+    """Where the checkpoints of a run go. All methods but `sweep` belong to one attempt to save."""
+
+    def sweep(self) -> None:
+        """On rank 0 at the start: delete what processes left that died while they saved."""
+        ...
+
+    def staging(self, step: int, token: str) -> Path:
+        """The folder of an attempt, on a disk of this machine."""
+        ...
+
+    def write(
+        self, staging: Path, rank: int, share: Mapping[str, Tensor]
+    ) -> dict[str, dict[str, Any]]:
+        """On every rank, in a thread: write its share; as `checkpoint.write_share`."""
+        ...
+
+    def publish(
+        self,
+        step: int,
+        staging: Path,
+        files: Mapping[str, Mapping[str, Any]],
+        metadata: Mapping[str, Any],
+    ) -> Place:
+        """On rank 0: make the shares a checkpoint; as `checkpoint.publish`."""
+        ...
+
+    def retire(self, step: int) -> Callable[[], None]:
+        """On rank 0: choose checkpoints that are too old; the result deletes them, in a thread."""
+        ...
+
+    def discard(self, staging: Path, is_main: bool) -> None:
+        """On every rank: delete what was written of an attempt."""
+        ...
+
+
+class OnDisk:
+    """Checkpoints on a file system that all ranks see.
+
+    Args:
+        folder: the run's checkpoints/; made where it is missing.
+        keep: how many checkpoints stay.
+    """
+
+    def __init__(self, folder: Path, keep: int):
+        self._folder, self._keep = folder, keep
+
+    def sweep(self) -> None:
+        checkpoint.sweep(self._folder)
+
+    def staging(self, step: int, token: str) -> Path:
+        return checkpoint.staging_of(self._folder, step, token)
+
+    def write(
+        self, staging: Path, rank: int, share: Mapping[str, Tensor]
+    ) -> dict[str, dict[str, Any]]:
+        return checkpoint.write_share(staging, rank, share)
+
+    def publish(
+        self,
+        step: int,
+        staging: Path,
+        files: Mapping[str, Mapping[str, Any]],
+        metadata: Mapping[str, Any],
+    ) -> Place:
+        return checkpoint.publish(self._folder, step, staging, files, metadata)
+
+    def retire(self, step: int) -> Callable[[], None]:
+        retired = checkpoint.retire(self._folder, step, self._keep)
+        return lambda: checkpoint.delete(retired)
+
+    def discard(self, staging: Path, is_main: bool) -> None:
+        shutil.rmtree(staging, ignore_errors=True)
 
 
 class Saver:
@@ -54,15 +131,13 @@ class Saver:
 
     Args:
         group: all ranks of the run; they must make the same calls in the same order.
-        folder: the run's checkpoints/, on a file system that all ranks see; made where it is
-            missing.
-        keep: how many checkpoints stay.
+        destination: where they go.
         token: unique to this start of the run. It is part of the staging folder's name, so that a
             process of an earlier start that is still alive does not write into ours.
     """
 
-    def __init__(self, group: Group, folder: Path, keep: int, token: str):
-        self._group, self._folder, self._keep, self._token = group, folder, keep, token
+    def __init__(self, group: Group, destination: Destination, token: str):
+        self._group, self._destination, self._token = group, destination, token
         self._begun = 0
         self._save: _Save | None = None
         self._cleaning: threading.Thread | None = None
@@ -76,7 +151,7 @@ class Saver:
         # All ranks wait for it, or the first share of a quick rank would be deleted.
         with self._group.raise_on_all_ranks():
             if self._group.is_main:
-                checkpoint.sweep(self._folder)
+                self._destination.sweep()
 
     @property
     def busy(self) -> bool:
@@ -104,10 +179,11 @@ class Saver:
         assert not self.busy, "one save at a time"
         started = time.perf_counter()
         self._begun += 1  # a step that could not be saved may be tried again
-        staging = checkpoint.staging_of(self._folder, step, f"{self._token}-{self._begun}")
+        staging = self._destination.staging(step, f"{self._token}-{self._begun}")
         share = checkpoint.share_of(self._group.rank, self._group.world, tensors)
         reach("copied")
-        self._save = _Save(step, copy.deepcopy(dict(metadata)), staging, self._group.rank, share)
+        write = functools.partial(self._destination.write, staging, self._group.rank, share)
+        self._save = _Save(step, copy.deepcopy(dict(metadata)), staging, write)
         self._save.stall_s = time.perf_counter() - started
 
     def finish(self) -> Saved:
@@ -117,6 +193,7 @@ class Saver:
         """
         save, started = self._save, time.perf_counter()
         assert save is not None, "nothing was begun"
+        self._group.tick(f"the checkpoint of step {save.step}")
         save.join()
         shares = self._group.gather(
             {"files": save.files, "problem": save.problem, "stall_s": save.stall_s}
@@ -126,18 +203,16 @@ class Saver:
         if self._group.is_main and problem is None:
             try:
                 files = {name: entry for share in shares for name, entry in share["files"].items()}
-                path = str(
-                    checkpoint.publish(self._folder, save.step, save.staging, files, save.metadata)
-                )
+                path = str(self._destination.publish(save.step, save.staging, files, save.metadata))
                 self._clean_up(save.step)
             except (OSError, InputError) as error:
                 problem = self._problem([_one_line(error, save.staging)])
         stall_s = max(share["stall_s"] for share in shares) + time.perf_counter() - started
         path, problem, stall_s = self._group.broadcast([path, problem, stall_s])
         if problem is not None:
-            shutil.rmtree(save.staging, ignore_errors=True)
+            self._destination.discard(save.staging, self._group.is_main)
         self._save = None
-        return Saved(save.step, path and Path(path), problem, stall_s)
+        return Saved(save.step, path and place(path), problem, stall_s)
 
     def discard(self, problem: str) -> Saved:
         """Give up the save that has begun, and delete what is written of it.
@@ -151,7 +226,7 @@ class Saver:
         assert save is not None, "nothing was begun"
         save.join()
         self._group.barrier()  # a thread that still writes would create the folder again
-        shutil.rmtree(save.staging, ignore_errors=True)
+        self._destination.discard(save.staging, self._group.is_main)
         self._save = None
         return Saved(save.step, None, problem, save.stall_s)
 
@@ -176,12 +251,14 @@ class Saver:
         return f"rank {rank}: {problem}{more}"
 
     def _clean_up(self, step: int) -> None:
-        """On rank 0: rename checkpoints that are too old, and start a thread that deletes them."""
+        """On rank 0: choose checkpoints that are too old, and start a thread that deletes them."""
         if self._cleaning is not None:
             self._cleaning.join()
-        retired = checkpoint.retire(self._folder, step, self._keep)
         self._cleaning = threading.Thread(
-            target=_delete, args=(retired,), name="old checkpoints", daemon=True
+            target=_delete,
+            args=(self._destination.retire(step),),
+            name="old checkpoints",
+            daemon=True,
         )
         self._cleaning.start()
 
@@ -197,26 +274,26 @@ class _Save(threading.Thread):
         step: int,
         metadata: dict[str, Any],
         staging: Path,
-        rank: int,
-        share: dict[str, Tensor],
+        write: Callable[[], dict[str, dict[str, Any]]],
     ):
         super().__init__(name="checkpoint", daemon=True)
         self.step, self.metadata, self.staging, self.stall_s = step, metadata, staging, 0.0
         self.files: dict[str, dict[str, Any]] = {}
         self.problem: str | None = None
-        self._rank, self._share = rank, share
+        self._write: Callable[[], dict[str, dict[str, Any]]] | None = write
         self.start()
 
     def run(self) -> None:
         try:
-            self.files = checkpoint.write_share(self.staging, self._rank, self._share)
+            assert self._write is not None
+            self.files = self._write()
         except Exception as error:  # any: training continues, and `finish` reports it
             self.problem = _one_line(error, self.staging)
-        self._share.clear()
+        self._write = None  # which holds the share
 
 
-def _delete(folders: list[Path]) -> None:
-    checkpoint.delete(folders)
+def _delete(remove: Callable[[], None]) -> None:
+    remove()
     reach("saved")
 
 

@@ -22,12 +22,14 @@ from fastbert.data import format_2, format_3
 from fastbert.data.block_split import BlockSplit
 from fastbert.data.block_table import COUNTS, Blocks
 from fastbert.data.manifest import MANIFEST, Counts, SpecialIds
+from fastbert.data.remote_dataset import fetch_dataset
 from fastbert.data.split import Split
 from fastbert.data.verify import AGAIN, Claim, verify_files
 from fastbert.durable import unsealed
 from fastbert.errors import InputError
 from fastbert.presence import is_folder
 from fastbert.regular_file import read_bytes, read_text
+from fastbert.storage import Url, is_url
 
 FORMATS = {module.FORMAT: module for module in (format_2, format_3)}
 
@@ -161,7 +163,7 @@ def open_dataset(path: str | Path, verify: bool = True) -> TokenDataset:
     """Open the dataset at `path`.
 
     Args:
-        path: the folder.
+        path: the folder, or its URL: then it is copied to this machine.
         verify: read every byte, as `TokenDataset.verify` does. Without it only the sizes are
             checked, for callers that verify separately.
 
@@ -169,7 +171,7 @@ def open_dataset(path: str | Path, verify: bool = True) -> TokenDataset:
         InputError: no such folder, no manifest, another format, or a file that is missing, cut
             short or changed.
     """
-    path = Path(path)
+    path = fetch_dataset(Url(str(path))) if is_url(path) else Path(path)
     again = "make it again with `fastbert prepare`"
     if not is_folder(path):
         raise InputError(

@@ -14,7 +14,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from fastbert.data.documents import read_documents
+from fastbert.data.documents import parse, read_chunks
 from fastbert.data.encode import ChunkEncoder, Documents, mix
 from fastbert.data.rows import read_rows
 from fastbert.data.sources import TABLES, Source
@@ -36,7 +36,8 @@ def read_texts(sources: Sequence[Source]) -> Iterator[str]:
                 if not isinstance(row, str):
                     yield from row.values()
         else:
-            yield from read_documents([source.path], source.format)
+            for chunk in read_chunks([source]):
+                yield from parse(chunk)
 
 
 def grams_of(texts: Iterable[str], encoder: ChunkEncoder) -> np.ndarray:

@@ -8,7 +8,9 @@ memory at a time, whatever the size of the files.
 
 from __future__ import annotations
 
+import codecs
 import functools
+import itertools
 import json
 import os
 import re
@@ -20,9 +22,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from fastbert import storage
 from fastbert.data.rows import (
     JSON_NAMES,
     TWICE,
+    array_items,
+    arrow_batches,
     as_text,
     column_of,
     delimited_rows,
@@ -35,7 +40,7 @@ from fastbert.data.rows import (
     rows_before,
     shown,
 )
-from fastbert.data.sources import Source, find_sources
+from fastbert.data.sources import Source, find_sources, open_source
 from fastbert.data.unpack import (
     LONGEST_TEXT_BYTES,
     BadRecord,
@@ -45,6 +50,7 @@ from fastbert.data.unpack import (
     unpacked,
 )
 from fastbert.errors import InputError
+from fastbert.storage import Place
 
 if TYPE_CHECKING:
     import pyarrow
@@ -96,7 +102,7 @@ def read_chunks(
     """
     for source in sources:
         try:
-            with open(source.path, "rb") as file:
+            with open_source(source) as file:
                 yield from READERS[source.format].chunks(source, file, text_field, skip_bad)
         except OSError as error:
             raise InputError(f"{source.path}: cannot be read: {error.strerror or error}") from None
@@ -132,11 +138,11 @@ def parse(
     return documents
 
 
-def lines_before(path: Path, end: int) -> int:
+def lines_before(path: Place, end: int) -> int:
     """Return the number of line feeds in the first `end` bytes of a file."""
     count = 0
     if end:
-        with open(path, "rb") as file:
+        with storage.open_reading(path) as file:
             while end > 0 and (piece := file.read(min(end, 1 << 20))):
                 count, end = count + piece.count(b"\n"), end - len(piece)
     return count
@@ -271,7 +277,8 @@ def _json_records(chunk: Chunk, text_field: str, strict: bool) -> Iterator[str |
         if not strict and is_broken(record):
             problem = "not UTF-8"
         if problem:
-            yield BadRecord(str(chunk.source.path), problem, line)
+            what = "object" if chunk.source.format == "json" else "line"
+            yield BadRecord(str(chunk.source.path), problem, line, what)
         else:
             yield as_text(field_of(value, text_field))
 
@@ -339,6 +346,30 @@ def _row_text(chunk: Chunk, value: Any) -> str | BadRecord:
     return BadRecord(str(chunk.source.path), problem, line)
 
 
+def _text_column(source: Source, text_field: str, schema: pyarrow.Schema) -> list[str]:
+    """Choose the column of the text; raise InputError where it is missing or holds no strings."""
+    kinds = {name: field_type(schema, name) for name in parquet_names(schema)}
+    texts = [name for name, kind in kinds.items() if _holds_text(kind)]
+    if text_field not in kinds:
+        raise InputError(f"{source.path}: no column '{text_field}'; {_choose_among(texts)}")
+    if text_field not in texts:
+        raise InputError(
+            f"{source.path}: the column '{text_field}' holds {kinds[text_field]}, "
+            f"not strings; {_choose_among(texts)}"
+        )
+    return [text_field]
+
+
+def _serialised(texts: pyarrow.Array) -> bytes:
+    import pyarrow
+
+    part = pyarrow.record_batch({"text": texts})
+    sink = pyarrow.BufferOutputStream()
+    with pyarrow.ipc.new_stream(sink, part.schema) as stream:
+        stream.write_batch(part)
+    return sink.getvalue().to_pybytes()
+
+
 def _parquet_chunks(
     source: Source, file: BufferedReader, text_field: str, _skip_bad: bool
 ) -> Iterator[Chunk]:
@@ -349,33 +380,65 @@ def parquet_chunks(
     source: Source, file: BufferedReader, text_field: str, groups: range | None = None
 ) -> Iterator[Chunk]:
     """Cut a Parquet file into chunks; `groups` are the numbers of its groups of rows to read."""
-    import pyarrow
 
-    def choose(schema: pyarrow.Schema) -> list[str]:
-        kinds = {name: field_type(schema, name) for name in parquet_names(schema)}
-        texts = [name for name, kind in kinds.items() if _holds_text(kind)]
-        if text_field not in kinds:
-            raise InputError(f"{source.path}: no column '{text_field}'; {_choose_among(texts)}")
-        if text_field not in texts:
-            raise InputError(
-                f"{source.path}: the column '{text_field}' holds {kinds[text_field]}, "
-                f"not strings; {_choose_among(texts)}"
-            )
-        return [text_field]
-
-    row, size = 0, os.fstat(file.fileno()).st_size
+    choose = functools.partial(_text_column, source, text_field)
+    row, size = 0, file.seek(0, os.SEEK_END)
     if groups:
         row = rows_before(file, groups[0])
     for batch, rows in parquet_batches(source, file, choose, CHUNK_BYTES, groups):
-        for texts in _bounded(source, column_of(batch, text_field), row + 1):
-            part = pyarrow.record_batch({"text": texts})
-            sink = pyarrow.BufferOutputStream()
-            with pyarrow.ipc.new_stream(sink, part.schema) as stream:
-                stream.write_batch(part)
+        for texts in _bounded(source, column_of(batch, text_field), row + 1, _EXPANDED_BYTES):
             # A Parquet file is not read from front to back, so progress is the share of its rows.
             before, after = (size * n // rows for n in (row, row + len(texts)))
-            yield Chunk(source, sink.getvalue().to_pybytes(), row + 1, 0, after - before)
+            yield Chunk(source, _serialised(texts), row + 1, 0, after - before)
             row += len(texts)
+
+
+def _arrow_chunks(
+    source: Source, file: BufferedReader, text_field: str, skip_bad: bool
+) -> Iterator[Chunk]:
+    choose = functools.partial(_text_column, source, text_field)
+    row, reported = 0, 0
+    for batch in arrow_batches(source, file, choose):
+        # A batch of save_to_disk has 1,000 rows, which may be far more than a chunk.
+        for texts in _bounded(source, column_of(batch, text_field), row + 1, CHUNK_BYTES):
+            read = file.tell()
+            yield Chunk(source, _serialised(texts), row + 1, 0, read - reported)
+            row, reported = row + len(texts), read
+
+
+def _array_chunks(
+    source: Source, file: BufferedReader, _text_field: str, skip_bad: bool
+) -> Iterator[Chunk]:
+    """Cut a JSON array of objects into chunks with an object per line; `line` counts objects.
+
+    A file that does not begin with a bracket holds an object per line.
+    """
+    pieces = unpacked(source, file)
+    first = b""
+    while len(first) < 4 or not first.removeprefix(codecs.BOM_UTF8).strip():
+        if (piece := next(pieces, None)) is None:
+            break
+        first += piece
+    if not first.strip():
+        raise is_empty(source)
+    if not first.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
+        file.seek(0)
+        yield from _text_chunks(replace(source, format="jsonl"), file, _text_field, skip_bad)
+        return
+    objects, held, number, reported = list[bytes](), 0, 1, 0
+    for item in array_items(source, itertools.chain([first], pieces)):
+        # A line end may stand between two tokens, and in no string.
+        objects.append(item.encode().replace(b"\n", b" ").replace(b"\r", b" "))
+        held += len(objects[-1])
+        if held >= CHUNK_BYTES:
+            read = file.tell()
+            yield Chunk(source, b"\n".join(objects), number, 0, read - reported)
+            number, reported = number + len(objects), read
+            objects, held = [], 0
+    if objects:
+        yield Chunk(source, b"\n".join(objects), number, 0, file.tell() - reported)
+    elif number == 1:
+        raise is_empty(source)
 
 
 def _holds_text(kind: pyarrow.DataType) -> bool:
@@ -386,13 +449,14 @@ def _holds_text(kind: pyarrow.DataType) -> bool:
     return str(kind) in ("string", "large_string", "string_view")
 
 
-def _bounded(source: Source, column: pyarrow.Array, row: int) -> Iterator[pyarrow.Array]:
-    """Yield the strings of a column, in parts of at most _EXPANDED_BYTES or of one string.
+def _bounded(source: Source, column: pyarrow.Array, row: int, most: int) -> Iterator[pyarrow.Array]:
+    """Yield the strings of a column, in parts of at most `most` bytes or of one string.
 
     Args:
         source: the file.
         column: strings; dictionary-coded ones may expand to far more than they take.
         row: number of the first row.
+        most: bytes.
     """
     import pyarrow
     from pyarrow.compute import call_function
@@ -406,7 +470,7 @@ def _bounded(source: Source, column: pyarrow.Array, row: int) -> Iterator[pyarro
     begin = 0
     while begin < len(column):
         done = ends[begin - 1] if begin else 0
-        end = max(int(np.searchsorted(ends, done + _EXPANDED_BYTES, "right")), begin + 1)
+        end = max(int(np.searchsorted(ends, done + most, "right")), begin + 1)
         if ends[end - 1] - done > LONGEST_TEXT_BYTES:
             raise InputError(
                 f"{source.path}: the text in row {row + begin} is longer than "
@@ -455,4 +519,6 @@ READERS = {
     "csv": Reader(_delimited_chunks, _delimited_records),
     "tsv": Reader(_delimited_chunks, _delimited_records),
     "parquet": Reader(_parquet_chunks, _parquet_records),
+    "arrow": Reader(_arrow_chunks, _parquet_records),
+    "json": Reader(_array_chunks, _json_records),
 }

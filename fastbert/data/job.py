@@ -177,8 +177,9 @@ class Job:
     @staticmethod
     def _identity_of(file: File) -> list[object]:
         source = file.source
-        path = os.path.abspath(source.path)
-        return [path, source.format, source.compression, file.size, file.modified, file.step]
+        at = source.path
+        path = os.path.abspath(at) if isinstance(at, Path) else str(at)
+        return [path, source.format, source.compression, file.size, file.stamp, file.step]
 
 
 @cache

@@ -343,7 +343,7 @@ def _started(sources: Sequence[str | Path], out: Path, options: Options) -> Iter
     files = [
         file
         for file in _laid_out(sources, options.text_format)
-        if ours not in file.source.path.absolute().parents
+        if not isinstance(at := file.source.path, Path) or ours not in at.absolute().parents
     ]
     without = _laid_out(options.without, None, "--without ") if options.without else []
     base, vocabulary = _base(out, options), _vocabulary(out, options)

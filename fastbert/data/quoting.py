@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from fastbert.data.sources import Source
+from fastbert.data.sources import Source, open_source
 from fastbert.data.unpack import LONGEST_TEXT_BYTES, lines, unpacked
 from fastbert.errors import InputError
 
@@ -29,7 +29,7 @@ def has_quoted_fields(source: Source) -> bool:
         InputError: fields that may be quoted or may hold quotes, and nothing in the file that
             tells, or a file that cannot be read.
     """
-    with open(source.path, "rb") as file:
+    with open_source(source) as file:
         if not any(b'"' in piece for piece in unpacked(source, file)):
             return False
         file.seek(0)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import itertools
 import json
@@ -16,7 +17,7 @@ from io import BufferedReader
 from typing import TYPE_CHECKING, Any
 
 from fastbert.data.quoting import has_quoted_fields
-from fastbert.data.sources import Source
+from fastbert.data.sources import Source, open_source
 from fastbert.data.unpack import LONGEST_TEXT_BYTES, is_broken, is_empty, lines
 from fastbert.errors import InputError
 
@@ -34,11 +35,12 @@ Row = dict[str, str] | str
 # The value of a key that a JSON object has several times: which one is meant cannot be known.
 TWICE = object()
 
+_SPACE = re.compile(r"[ \t\r\n]*")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def read_rows(source: Source, choose: Choose) -> Iterator[tuple[int, Row]]:
-    """Yield each record of a file with the number of its first line, or of its row in Parquet.
+    """Yield each record of a file with the number of its first line, or of its row in a table.
 
     Both count from 1. A value that is not a string is given as JSON, and null as "".
 
@@ -50,11 +52,11 @@ def read_rows(source: Source, choose: Choose) -> Iterator[tuple[int, Row]]:
         InputError: a file that is empty or cannot be read, or what `choose` raises.
     """
     try:
-        with open(source.path, "rb") as file:
+        with open_source(source) as file:
             if source.format == "jsonl":
                 yield from _json_rows(source, file, choose)
-            elif source.format == "parquet":
-                yield from _parquet_rows(source, file, choose)
+            elif source.format in ("parquet", "arrow"):
+                yield from _column_rows(source, file, choose)
             else:
                 yield from delimited_rows(source, file, choose)
     except OSError as error:
@@ -149,6 +151,60 @@ def json_object(text: str) -> dict[str, Any] | str:
     return value
 
 
+def array_items(source: Source, pieces: Iterable[bytes]) -> Iterator[str]:
+    """Yield the text of each item of a JSON array, of which only some is in memory.
+
+    Args:
+        source: the file, for messages.
+        pieces: its bytes.
+
+    Raises:
+        InputError: it is not an array, is cut short, or has an item that is too long.
+    """
+    decoder, scanner = codecs.getincrementaldecoder("utf-8-sig")(), json.JSONDecoder()
+    text, at, number = "", 0, 1
+    opened = False
+
+    def wrong(what: str) -> InputError:
+        return InputError(
+            f"{source.path}: object {number}: {what}; write an object per line (jq -c '.[]')"
+        )
+
+    for piece in itertools.chain(pieces, [b""]):
+        ended = not piece
+        try:
+            text = text[at:] + decoder.decode(piece, final=ended)
+        except UnicodeDecodeError as error:
+            raise wrong(f"not UTF-8 ({error.reason})") from None
+        at = 0
+        while True:
+            at = _SPACE.match(text, at).end()  # pyright: ignore[reportOptionalMemberAccess]
+            if at == len(text):
+                break
+            if not opened:  # the caller has seen the bracket
+                at, opened = at + 1, True
+                continue
+            if text[at] in ",]":
+                if text[at] == "]":
+                    return
+                at += 1
+                continue
+            try:
+                _, end = scanner.raw_decode(text, at)
+            except (ValueError, RecursionError) as error:
+                if ended or isinstance(error, RecursionError):
+                    raise wrong(f"not JSON ({error})") from None
+                if len(text) - at > LONGEST_TEXT_BYTES:
+                    raise wrong(f"no end within {LONGEST_TEXT_BYTES >> 20} MiB ({error})") from None
+                break
+            # A number at the end of a piece may go on in the next one.
+            if end == len(text) and not ended:
+                break
+            yield text[at:end]
+            at, number = end, number + 1
+    raise wrong("the array has no end: the file is cut short")
+
+
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     value = dict(pairs)
     if len(value) < len(pairs):
@@ -163,7 +219,7 @@ _SEPARATOR = re.compile(r'"?sep=(.)"?\s*', re.IGNORECASE)  # Excel's first line
 _ENDLESS = re.compile("unexpected end of data|larger than field limit")
 # Lines that begin a value of several lines, and how to get one line per object.
 _JQ = {
-    "[": " (of an array jq -c '.[]' makes an object per line)",
+    "[": " (--format json reads an array, or jq -c '.[]' makes an object per line of it)",
     "{": " (of objects over several lines jq -c . makes one each)",
 }
 
@@ -223,9 +279,7 @@ def _json_rows(source: Source, file: BufferedReader, choose: Choose) -> Iterator
         raise is_empty(source)
 
 
-def _parquet_rows(
-    source: Source, file: BufferedReader, choose: Choose
-) -> Iterator[tuple[int, Row]]:
+def _column_rows(source: Source, file: BufferedReader, choose: Choose) -> Iterator[tuple[int, Row]]:
     row = 0
     chosen: list[str] = []
 
@@ -239,7 +293,11 @@ def _parquet_rows(
                 )
         return chosen
 
-    for batch, _ in parquet_batches(source, file, names_of):
+    if source.format == "parquet":
+        batches = (batch for batch, _ in parquet_batches(source, file, names_of))
+    else:
+        batches = arrow_batches(source, file, names_of)
+    for batch in batches:
         columns = {name: column_of(batch, name) for name in chosen}
         for i in range(batch.num_rows):
             row += 1
@@ -274,7 +332,7 @@ def parquet_batches(
             f"{source.path}: Parquet compresses its own columns and is not read through "
             f"{source.compression}; unpack the file first"
         )
-    if os.fstat(file.fileno()).st_size == 0:
+    if file.seek(0, os.SEEK_END) == 0:
         raise is_empty(source)
     try:
         table = pyarrow.parquet.ParquetFile(file)
@@ -308,6 +366,50 @@ def rows_before(file: BufferedReader, group: int) -> int:
 
     metadata = pyarrow.parquet.ParquetFile(file).metadata
     return sum(metadata.row_group(i).num_rows for i in range(group))
+
+
+def arrow_batches(
+    source: Source, file: BufferedReader, choose: Callable[[pyarrow.Schema], Sequence[str]]
+) -> Iterator[pyarrow.RecordBatch]:
+    """Yield the batches of an Arrow file: a stream, as of save_to_disk, or one with random access.
+
+    Raises:
+        InputError: a file that is empty or not Arrow, or what `choose` raises.
+    """
+    import pyarrow
+
+    if source.compression:
+        raise InputError(
+            f"{source.path}: Arrow compresses its own columns and is not read through "
+            f"{source.compression}; unpack the file first"
+        )
+    if not (head := file.peek(8)):
+        raise is_empty(source)
+    rows = 0
+    try:
+        if head.startswith(b"ARROW1"):
+            table = pyarrow.ipc.open_file(file)
+            schema = table.schema
+            batches = (table.get_batch(i) for i in range(table.num_record_batches))
+        else:
+            batches = pyarrow.ipc.open_stream(file)
+            schema = batches.schema
+        chosen = list(choose(schema))
+        tops = {n if n in schema.names else n.partition(".")[0] for n in chosen}
+        _check_names(source, schema.names, sorted(tops))
+        for batch in batches:
+            rows += batch.num_rows
+            some = batch.select(sorted(tops))
+            some.validate(full=True)  # or a damaged file would make pyarrow read anywhere
+            _check_indices(some)
+            yield some
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(
+            f"{source.path}: not a valid Arrow file ({reason}); copy or download it again"
+        ) from None
+    if not rows:
+        raise is_empty(source)
 
 
 def _batches_of_group(

@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from io import BufferedReader
 from itertools import accumulate
 
+from fastbert import storage
 from fastbert.data.documents import (
     WIKI,
     Chunk,
@@ -25,7 +26,7 @@ from fastbert.data.documents import (
     parquet_chunks,
     read_chunks,
 )
-from fastbert.data.sources import Source
+from fastbert.data.sources import Source, open_source
 from fastbert.data.unpack import (
     LONGEST_TEXT_BYTES,
     check_text,
@@ -56,7 +57,7 @@ class File:
     Attributes:
         source: the file; its format is WIKI where it was recognised.
         size: bytes on disk.
-        modified: time of the last change, in ns.
+        stamp: what changes when the file is written again; see storage.py.
         step: text is cut near multiples of this many bytes; 0 where it is not cut so.
         groups: Parquet is cut into these groups of rows, from each to the next; () where it is not.
         places: where each of these begins in the file, in bytes, by their sizes.
@@ -64,7 +65,7 @@ class File:
 
     source: Source
     size: int
-    modified: int
+    stamp: str
     step: int = 0
     groups: tuple[int, ...] = ()
     places: tuple[int, ...] = ()
@@ -92,13 +93,13 @@ def lay_out(source: Source) -> File:
         InputError: the file is empty, is no text, or cannot be read.
     """
     try:
-        status = source.path.stat()
-        if status.st_size == 0:
+        size, stamp = storage.stamp(source.path)
+        if size == 0:
             raise is_empty(source)
-        file = File(source, status.st_size, status.st_mtime_ns)
+        file = File(source, size, stamp)
         if file.size <= SEGMENT_BYTES or source.compression:
             return file
-        with open(source.path, "rb") as opened:
+        with open_source(source) as opened:
             if source.format == "parquet":
                 return _lay_out_parquet(file, opened)
             if source.format not in _ENDS:
@@ -140,10 +141,10 @@ def _lay_out_parquet(file: File, opened: BufferedReader) -> File:
 def check_unchanged(file: File) -> None:
     """Raise InputError where a file is not what it was when `lay_out` saw it."""
     try:
-        status = file.source.path.stat()
+        found = storage.stamp(file.source.path)
     except OSError as error:
         raise InputError(f"{file.source.path}: cannot be read: {error.strerror}") from None
-    if (status.st_size, status.st_mtime_ns) != (file.size, file.modified):
+    if found != (file.size, file.stamp):
         raise InputError(
             f"{file.source.path}: changed while it was read; start again when nothing writes to it"
         )
@@ -161,7 +162,7 @@ def read_segment(
         yield from read_chunks([file.source], text_field, skip_bad)
         return
     try:
-        with open(file.source.path, "rb") as opened:
+        with open_source(file.source) as opened:
             if file.groups:
                 groups = range(file.groups[number], file.groups[number + 1])
                 yield from parquet_chunks(file.source, opened, text_field, groups)

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shlex
 import stat
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from fnmatch import fnmatchcase
+from io import BufferedReader
+from pathlib import Path, PurePosixPath
 
+from fastbert import storage
 from fastbert.errors import InputError
 from fastbert.presence import status
+from fastbert.storage import Place, Url, place
 
 FORMATS = {
     "txt": (".txt",),
@@ -21,8 +26,10 @@ FORMATS = {
     "csv": (".csv",),
     "tsv": (".tsv",),
     "parquet": (".parquet",),
+    "arrow": (".arrow",),
+    "json": (".json",),
 }
-TABLES = ("csv", "tsv", "jsonl", "parquet")  # formats whose records have named fields
+TABLES = ("csv", "tsv", "jsonl", "parquet", "arrow")  # formats whose records have named fields
 COMPRESSIONS = (".gz", ".zst", ".xz", ".bz2")
 # Archives hold files with names; the command that unpacks them.
 ARCHIVES = {
@@ -37,13 +44,15 @@ ARCHIVES = {
 
 
 SUFFIX = "unknown suffix"  # a reason to leave a file out
+# What Dataset.save_to_disk of Hugging Face writes beside its .arrow files.
+_STATE, _INFO = "state.json", ("state.json", "dataset_info.json", "dataset_dict.json")
 
 
 @dataclass(frozen=True)
 class Source:
-    """One file to read."""
+    """One file or object to read."""
 
-    path: Path
+    path: Place
     format: str  # a key of FORMATS
     compression: str  # one of COMPRESSIONS, or ""
 
@@ -52,8 +61,15 @@ class Source:
 class LeftOut:
     """Something in a folder that is not read."""
 
-    path: Path
+    path: Place
     reason: str
+
+
+def open_source(source: Source) -> BufferedReader:
+    """Open a file or object. Raises OSError."""
+    # A table is read here and there, and all else from front to back.
+    ahead = 1 << 20 if source.format == "parquet" else storage.READ_AHEAD
+    return storage.open_reading(source.path, ahead)
 
 
 def find_sources(
@@ -65,7 +81,8 @@ def find_sources(
     else in a folder. A file or folder that is reached in several ways is read once.
 
     Args:
-        paths: files and folders.
+        paths: files and folders, also as URLs (s3://bucket/folder, hf://datasets/x/y), in which
+            * and ? stand for any letters.
         text_format: a key of FORMATS; by default the suffix of each file decides. In folders it is
             for files of its suffixes, and for those without a suffix, such as wiki_00 or part.001.
 
@@ -80,8 +97,10 @@ def find_sources(
         raise InputError(f"--format {text_format}: not a format; known: {', '.join(FORMATS)}")
     sources: dict[str, Source] = {}
     left_out: list[LeftOut] = []
-    for path in map(Path, paths):
-        if stat.S_ISDIR(_mode(path)):
+    for path in map(place, paths):
+        if isinstance(path, Url):
+            found = _remote_sources(path, text_format, left_out)
+        elif stat.S_ISDIR(_mode(path)):
             found = list[Source]()
             for item in _walk(path):
                 source = _source(item, text_format, True) if isinstance(item, Path) else None
@@ -90,19 +109,70 @@ def find_sources(
                 else:
                     left_out.append(item if isinstance(item, LeftOut) else LeftOut(item, SUFFIX))
             if not found:
-                raise _nothing_in(path, text_format, left_out)
+                raise _nothing_in(path, text_format)
         else:
             found = [file_source(path, text_format)]
         for source in found:
             # A file that is named twice is read once.
-            sources.setdefault(os.path.realpath(source.path), source)
+            remote = isinstance(source.path, Url)
+            sources.setdefault(
+                str(source.path) if remote else os.path.realpath(str(source.path)), source
+            )
     if not sources:
         raise InputError("no SOURCE given; name text files or folders")
     return list(sources.values()), left_out
 
 
+def _remote_sources(url: Url, text_format: str | None, left_out: list[LeftOut]) -> list[Source]:
+    """Find the objects of a URL: one, those of a folder, or those that match * and ?."""
+    folder = url
+    try:
+        if any(sign in url.text for sign in "*?"):
+            while any(sign in folder.text for sign in "*?"):
+                folder = folder.parent
+            pattern = url.text[len(folder.text) + 1 :]
+            found = [e.name for e in storage.objects(folder) if fnmatchcase(e.name, pattern)]
+            if not found:
+                raise InputError(f"{url}: nothing there has such a name")
+            return [file_source(folder / name, text_format) for name in found]
+        if storage.size(url) is not None:
+            return [file_source(url, text_format)]
+        names = [entry.name for entry in storage.objects(url)]
+    except OSError as error:
+        raise InputError(f"{url}: cannot be read: {error.strerror or error}") from None
+    if not names:
+        raise InputError(f"{url}: no such object, and nothing below it")
+    datasets = {
+        name.rpartition("/")[0] for name in names if PurePosixPath(name).name == "manifest.json"
+    }
+    saved = {
+        name.rpartition("/")[0]: _saved_to_disk((url / name).parent)
+        for name in names
+        if PurePosixPath(name).name == _STATE
+    }
+    found = list[Source]()
+    for name in names:
+        top, _, last = name.rpartition("/")
+        if (data := saved.get(top)) is not None and last.endswith(".arrow") and last not in data:
+            left_out.append(LeftOut(url / name, "a cache of datasets"))
+            continue
+        if last in _INFO and any(n.endswith(".arrow") for n in names):
+            continue
+        if any(part.startswith(".") for part in name.split("/")):
+            continue
+        if any(str(parent) in datasets for parent in PurePosixPath(f"./{name}").parents):
+            left_out.append(LeftOut(url / name, "of a dataset of fastbert"))
+        elif (source := _source(url / name, text_format, True)) is not None:
+            found.append(source)
+        else:
+            left_out.append(LeftOut(url / name, SUFFIX))
+    if not found:
+        raise _nothing_in(url, text_format)
+    return found
+
+
 def file_source(
-    path: Path, text_format: str | None = None, formats: Sequence[str] = tuple(FORMATS)
+    path: Place, text_format: str | None = None, formats: Sequence[str] = tuple(FORMATS)
 ) -> Source:
     """Return one file to read.
 
@@ -114,7 +184,7 @@ def file_source(
     Raises:
         InputError: no such file, no regular file, or a suffix that does not tell the format.
     """
-    if not stat.S_ISREG(_mode(path)):
+    if isinstance(path, Path) and not stat.S_ISREG(_mode(path)):
         raise InputError(
             f"{path}: not a regular file; sources are read twice, so write it to a file first"
         )
@@ -125,14 +195,8 @@ def file_source(
             "and name the folder"
         )
     if source is None and formats == tuple(FORMATS):
-        hint = ""
-        if _suffix(path)[0] == ".json":
-            name = shlex.quote(str(path))
-            hint = (
-                f" (jsonl for an object per line; of an array jq -c '.[]' {name} makes such lines)"
-            )
         raise InputError(
-            f"{path}: the suffix does not tell the format; add --format {'|'.join(FORMATS)}{hint}"
+            f"{path}: the suffix does not tell the format; add --format {'|'.join(FORMATS)}"
         )
     if source is None or source.format not in formats:
         raise InputError(f"{path}: must end in {_suffixes(None, formats)}")
@@ -162,9 +226,14 @@ def _walk(top: Path) -> Iterator[Path | LeftOut]:
         if {"manifest.json", "tokenizer"} <= names:
             yield LeftOut(folder, "a dataset of fastbert")
             return
+        data = _saved_to_disk(folder) if _STATE in names else None
+        yield from (folder / name for name in data or ())
         for entry in entries:
             path = folder / entry.name
-            if entry.name.startswith("."):
+            if entry.name.startswith(".") or (data is not None and entry.name in (*data, *_INFO)):
+                continue
+            if data is not None and path.suffix == ".arrow":
+                yield LeftOut(path, "a cache of datasets")
                 continue
             if _leads_nowhere(entry):
                 yield LeftOut(path, "a link to nothing")
@@ -189,6 +258,29 @@ def _walk(top: Path) -> Iterator[Path | LeftOut]:
         raise InputError(f"{error.filename}: cannot be read: {error.strerror}") from None
 
 
+def _saved_to_disk(folder: Place) -> list[str] | None:
+    """Return the data files of a folder that Dataset.save_to_disk wrote; None for any other.
+
+    Raises:
+        InputError: its rows are chosen by a file of indices, as older releases wrote them.
+    """
+    try:
+        state = json.loads(storage.read(folder / _STATE))
+        names = [str(file["filename"]) for file in state["_data_files"]]
+        indices = state.get("_indices_files") or state.get("_indices_data_files")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
+    if any("/" in name or name.startswith(".") for name in names):
+        return None
+    if indices:
+        raise InputError(
+            f"{folder}: its rows are chosen by a file of indices, as old releases of datasets "
+            f"wrote them; write it anew in Python: datasets.load_from_disk({str(folder)!r})"
+            ".flatten_indices().save_to_disk(...)"
+        )
+    return names
+
+
 def _identity(folder: Path) -> tuple[int, int]:
     status = folder.stat()
     return status.st_dev, status.st_ino
@@ -207,13 +299,13 @@ def _leads_nowhere(entry: os.DirEntry[str]) -> bool:
     return False
 
 
-def _source(path: Path, text_format: str | None, in_folder: bool) -> Source | None:
+def _source(path: Place, text_format: str | None, in_folder: bool) -> Source | None:
     suffix, compression = _suffix(path)
     if text_format is None:
-        # .json is often one big object, so it is not read as JSON lines unless --format says so.
+        # In a folder, .json is often a file of settings, so it is read only where --format says so.
         known = next(
             (name for name, endings in FORMATS.items() if suffix in endings and suffix != ".json"),
-            None,
+            "json" if suffix == ".json" and not in_folder else None,
         )
     else:
         fits = suffix in FORMATS[text_format] or not suffix or suffix[1:].isdigit()
@@ -221,14 +313,8 @@ def _source(path: Path, text_format: str | None, in_folder: bool) -> Source | No
     return Source(path, known, compression) if known else None
 
 
-def _nothing_in(folder: Path, text_format: str | None, left_out: Sequence[LeftOut]) -> InputError:
+def _nothing_in(folder: Place, text_format: str | None) -> InputError:
     """Return the error for a folder without a file to read."""
-    if any(item.path.suffix == ".arrow" for item in left_out):
-        part = "['train']" if (folder / "dataset_dict.json").exists() else ""
-        return InputError(
-            f"{folder}: written by save_to_disk of datasets; write Parquet in Python: datasets."
-            f"load_from_disk({str(folder)!r}){part}.to_parquet({folder.name + '.parquet'!r})"
-        )
     advice = "name a file or another folder"
     if text_format is None:
         advice += ", or add --format to read files without a suffix"
@@ -237,7 +323,7 @@ def _nothing_in(folder: Path, text_format: str | None, left_out: Sequence[LeftOu
     )
 
 
-def _suffix(path: Path) -> tuple[str, str]:
+def _suffix(path: Place) -> tuple[str, str]:
     """Return the suffix that tells the format, and the one that tells the compression."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     compression = suffixes.pop() if suffixes and suffixes[-1] in COMPRESSIONS else ""

@@ -14,11 +14,12 @@ import shlex
 import zlib
 from collections.abc import Callable, Iterator
 from io import BufferedReader
-from pathlib import Path
+from pathlib import PurePosixPath
 from typing import Any
 
 from fastbert.data.sources import COMPRESSIONS, Source
 from fastbert.errors import InputError
+from fastbert.storage import Place, Url
 
 PIECE_BYTES = 1 << 20
 # A longer line or document means that the file has another format than stated. It would also need
@@ -86,7 +87,7 @@ def packed_as(head: bytes) -> str:
     return next((c for c, magic in _PACKED.items() if magic.match(head)), "")
 
 
-def check_text(path: Path, first: bytes) -> None:
+def check_text(path: Place, first: bytes) -> None:
     """Raise InputError where the first bytes of a file are not those of text in UTF-8."""
     if packed := packed_as(first):
         raise InputError(f"{path}: packed twice, the second time as {packed}; unpack it once")
@@ -112,16 +113,17 @@ def check_text(path: Path, first: bytes) -> None:
             )
 
 
-def _iconv(path: Path, encoding: str) -> str:
+def _iconv(path: Place, encoding: str) -> str:
     """Return the advice to convert a file from an encoding."""
     packed = path.suffix.lower() in COMPRESSIONS
-    plain = path.with_suffix("") if packed else path
+    here = PurePosixPath(path.name) if isinstance(path, Url) else path
+    plain = here.with_suffix("") if packed else here
     old, new = (shlex.quote(str(p)) for p in (plain, plain.with_name(f"utf8-{plain.name}")))
     convert = f"convert it: iconv -f {encoding} -t UTF-8 {old} > {new}"
     return f"unpack it and {convert}" if packed else convert
 
 
-def decode(data: bytes, path: Path, line: int, offset: int, strict: bool = True) -> str:
+def decode(data: bytes, path: Place, line: int, offset: int, strict: bool = True) -> str:
     """Decode UTF-8.
 
     Args:
@@ -187,17 +189,17 @@ def is_empty(source: Source) -> InputError:
     return InputError(f"{source.path}: the file is empty; remove it from the sources")
 
 
-def _read_plain(path: Path, file: BufferedReader) -> Iterator[bytes]:
+def _read_plain(path: Place, file: BufferedReader) -> Iterator[bytes]:
     while piece := file.read(PIECE_BYTES):
         yield piece
 
 
-def _read_gzip(path: Path, file: BufferedReader) -> Iterator[bytes]:
+def _read_gzip(path: Place, file: BufferedReader) -> Iterator[bytes]:
     stream = gzip.GzipFile(fileobj=file)
     return _read_stream(path, stream, "gzip", (gzip.BadGzipFile, zlib.error))
 
 
-def _read_zstd(path: Path, file: BufferedReader) -> Iterator[bytes]:
+def _read_zstd(path: Place, file: BufferedReader) -> Iterator[bytes]:
     import zstandard
 
     # Frames are decompressed one by one with decompressobj, because stream_reader takes a file that
@@ -227,20 +229,20 @@ def _read_zstd(path: Path, file: BufferedReader) -> Iterator[bytes]:
         raise InputError(f"{path}: the zstd file is cut short; copy or download it again")
 
 
-def _read_xz(path: Path, file: BufferedReader) -> Iterator[bytes]:
+def _read_xz(path: Place, file: BufferedReader) -> Iterator[bytes]:
     import lzma
 
     return _read_stream(path, lzma.LZMAFile(file), "xz", lzma.LZMAError)
 
 
-def _read_bzip2(path: Path, file: BufferedReader) -> Iterator[bytes]:
+def _read_bzip2(path: Place, file: BufferedReader) -> Iterator[bytes]:
     import bz2
 
     return _read_stream(path, bz2.BZ2File(file), "bzip2", OSError)
 
 
 def _read_stream(
-    path: Path, stream: Any, kind: str, invalid: type[Exception] | tuple[type[Exception], ...]
+    path: Place, stream: Any, kind: str, invalid: type[Exception] | tuple[type[Exception], ...]
 ) -> Iterator[bytes]:
     """Read to the end of a stream that raises `invalid` where the file is not of this kind."""
     try:
@@ -284,7 +286,7 @@ _NO_TEXT = (
     (rb"ARROW1", "an Arrow file", "write it as Parquet"),
     (rb"SQLite format 3\x00", "an SQLite database", "write its text as JSON lines"),
 )
-_UNPACK: dict[str, Callable[[Path, BufferedReader], Iterator[bytes]]] = {
+_UNPACK: dict[str, Callable[[Place, BufferedReader], Iterator[bytes]]] = {
     "": _read_plain,
     ".gz": _read_gzip,
     ".zst": _read_zstd,

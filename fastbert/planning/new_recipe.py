@@ -30,6 +30,7 @@ from fastbert.planning.parameters import count_hidden, count_parameters
 from fastbert.planning.plan import CPU, Device, plan, this_machine
 from fastbert.planning.step_speed import measure_speed
 from fastbert.recipe import load_config, packaged_recipes, toml_value
+from fastbert.storage import place
 
 # After as many steps of 2,000 tokens on the demo's text, the demo's model has a loss on [MASK] of
 # 4.93. That of the left bigram is 5.06.
@@ -76,7 +77,7 @@ def new_recipe(data: str | Path, minutes: float, out: Path) -> NewRecipe:
     """Write a recipe that fits this dataset, this machine and a training time.
 
     Args:
-        data: the folder of the dataset.
+        data: the folder of the dataset, or its URL.
         minutes: for the whole training.
         out: the file to write; it must be new.
 
@@ -90,7 +91,7 @@ def new_recipe(data: str | Path, minutes: float, out: Path) -> NewRecipe:
     if not out.parent.is_dir():
         raise InputError(f"{out}: there is no folder {out.parent}; make it or choose another --out")
     dataset = open_dataset(data)
-    corpus = look_at(dataset)
+    corpus = replace(look_at(dataset), path=str(place(data)))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rounds = device.type == "cpu" and probe_bf16().pays  # as runtime.precision = "auto" does
     operands = torch.bfloat16 if rounds else None

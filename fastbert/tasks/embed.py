@@ -19,6 +19,7 @@ from fastbert.data.sources import Source, file_source
 from fastbert.durable import exit_at_signals, replaceable, replacing
 from fastbert.errors import InputError
 from fastbert.presence import is_folder
+from fastbert.storage import stamp
 
 if TYPE_CHECKING:
     # Not imported at run time: it imports torch, and arguments are checked before that.
@@ -133,7 +134,7 @@ def check_out(out: str | Path, source: Source | None = None) -> Path:
         raise InputError(f"--out {out}: the folder {out.parent} does not exist; make it first")
     if problem := replaceable(out):
         raise InputError(f"--out {out}: {problem}")
-    if source is not None and out.exists() and out.samefile(source.path):
+    if source is not None and out.exists() and out.samefile(str(source.path)):
         raise InputError(f"--out {out}: is the file of the texts; give another name")
     if not _is_result(out):
         raise InputError(
@@ -204,7 +205,7 @@ def embed(
         raise InputError(f"--out {out}: lies in the folder of the model; give another place")
     size, rows = pretrained.config.hidden_size, 0
     pretrained.encode([], pool, layers)  # checks the settings before anything is written
-    with _writer(out, size) as writer, _bar(source.path.stat().st_size, progress) as advance:
+    with _writer(out, size) as writer, _bar(stamp(source.path)[0], progress) as advance:
         for chunk in read_chunks([source], text_field):
             texts = parse(chunk, text_field)
             writer.write(texts, pretrained.encode(texts, pool, layers, normalize))

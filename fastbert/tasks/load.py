@@ -9,11 +9,13 @@ from typing import Any
 
 import torch
 
+from fastbert.checkpoints.bucket import fetch_model
 from fastbert.checkpoints.model_folder import open_model
 from fastbert.checkpoints.weight_table import DECODER
 from fastbert.data.tokenizer import special_ids
 from fastbert.errors import InputError
 from fastbert.models.build import build_model
+from fastbert.storage import Url, is_url
 from fastbert.tasks.pretrained import Pretrained
 
 # A fork has none of the threads that torch has started, and would wait for them forever. So a
@@ -25,15 +27,15 @@ def load(path: str | Path, device: str | None = None) -> Pretrained:
     """Open a model.
 
     Args:
-        path: a run folder (its newest valid checkpoint is loaded), a checkpoint folder of a run, or
-            a Hugging Face folder (config.json, model.safetensors, tokenizer.json or
-            vocab.txt).
+        path: a run folder (its newest valid checkpoint is loaded), also as a URL; a checkpoint
+            folder of a run; or a Hugging Face folder (config.json, model.safetensors,
+            tokenizer.json or vocab.txt).
         device: "cpu" or "cuda"; by default a GPU where there is one.
 
     Raises:
         InputError: something in the folder is missing or wrong; one line says what to do.
     """
-    parts = open_model(Path(path))
+    parts = open_model(fetch_model(Url(str(path))) if is_url(path) else Path(path))
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         kind = torch.device(device).type

@@ -70,7 +70,7 @@ def how_to_resume(setup: Setup) -> str:
 
 
 def _command(setup: Setup) -> str:
-    return f"fastbert pretrain {shlex.quote(str(setup.start.run / 'config.toml'))} --resume"
+    return f"fastbert pretrain {shlex.quote(f'{setup.start.place}/config.toml')} --resume"
 
 
 def _signal(run: Run) -> str:

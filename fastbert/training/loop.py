@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import functools
 import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 
 import torch
 
 from fastbert.checkpoints import checkpoint
-from fastbert.checkpoints.ownership import LostOwnership
-from fastbert.checkpoints.saver import Saver
+from fastbert.checkpoints.bucket import BucketLock, InBucket
+from fastbert.checkpoints.ownership import LostOwnership, RunLock
+from fastbert.checkpoints.saver import Destination, OnDisk, Saver
 from fastbert.cluster.group import Group, Interrupted, RankLost, form_group
 from fastbert.cluster.signals import StopRequest
 from fastbert.cluster.watchdog import Watchdog
@@ -72,7 +75,8 @@ def pretrain(
                 if group.device.type == "cpu":
                     share_cores(group.local_world)
                 setup = set_up(config, recipe, resume, group)
-                return _open_and_train(setup, group, watchdog, stop_request)
+                with closing(setup.start):
+                    return _open_and_train(setup, group, watchdog, stop_request)
         except Interrupted as signal:
             ending = Ending(INTERRUPTED, f"interrupted by {signal} before the first step")
             tell(ending.reason)
@@ -154,12 +158,16 @@ def _open_run(setup: Setup, group: Group, watchdog: Watchdog, stop_request: Stop
     found = setup.start.checkpoint
     watchdog.tick("the run folder")
     lock = take_folder(setup, group)
-    saver = Saver(group, folder / "checkpoints", config.checkpoint.keep, lock.token)
+    destination: Destination = OnDisk(folder / "checkpoints", config.checkpoint.keep)
+    if setup.start.bucket is not None:
+        destination = InBucket(setup.start.bucket, int(lock.token), config.checkpoint.keep)
+    saver = Saver(group, destination, lock.token)
     saver.sweep()
     watchdog.tick("building the engine")
     tensors = checkpoint.read_all(found.path) if found else None
     peak, cores = _peak(setup, group), torch.get_num_threads()
     with (
+        _last_records(setup, group, lock),
         Engine(
             setup.model,
             config,
@@ -192,6 +200,22 @@ def _open_run(setup: Setup, group: Group, watchdog: Watchdog, stop_request: Stop
             raise InputError(line) from None
 
 
+@contextmanager
+def _last_records(setup: Setup, group: Group, lock: RunLock | BucketLock) -> Iterator[None]:
+    """Upload the records of a run in a bucket after the monitor has closed them."""
+    try:
+        yield
+    finally:
+        if isinstance(lock, BucketLock) and setup.start.bucket is not None and group.is_main:
+            lock.close()
+            try:
+                setup.start.bucket.upload_records(lock.number)
+            except LostOwnership:  # the newer start's records stay
+                pass
+            except (OSError, InputError) as error:
+                tell(f"{setup.start.place}: its last records could not be uploaded: {error}")
+
+
 def _introduce(setup: Setup, group: Group, engine: Engine, monitor: Monitor, cores: int) -> None:
     """Report what was resolved, and where the run begins."""
     for note in setup.start.notes:
@@ -200,7 +224,7 @@ def _introduce(setup: Setup, group: Group, engine: Engine, monitor: Monitor, cor
     ranks = f"{group.world} ranks, " if group.world > 1 else ""
     at_once = f" in {setup.at_once} processes" if setup.at_once > 1 else ""
     monitor.say(
-        f"{setup.start.run}: {parameters:,} parameters, "
+        f"{setup.start.place}: {parameters:,} parameters, "
         f"{setup.batches.examples_per_epoch:,} examples an epoch, on {ranks}{group.device}, "
         f"{setup.precision.name} ({setup.precision.why}), kernels {setup.model.impl}, "
         f"ZeRO stage {engine.stage}, {cores} threads{at_once}"
@@ -213,10 +237,10 @@ def _introduce(setup: Setup, group: Group, engine: Engine, monitor: Monitor, cor
             f"most, since its positions up to max_position_embeddings = {positions} stay untrained"
         )
     if (found := setup.start.checkpoint) is not None and setup.start.branches:
-        monitor.say(f"branching after step {found.step:,} from {found.path}")
-        monitor.event("branch", found.step, checkpoint=str(found.path))
+        monitor.say(f"branching after step {found.step:,} from {found.place}")
+        monitor.event("branch", found.step, checkpoint=str(found.place))
     elif found is not None:
-        monitor.say(f"resuming after step {found.step:,} from {found.path}")
+        monitor.say(f"resuming after step {found.step:,} from {found.place}")
         monitor.event("resume", found.step, checkpoint=found.path.name)
 
 

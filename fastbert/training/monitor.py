@@ -1,4 +1,4 @@
-"""What a user sees of a run: the terminal, log.txt, metrics.jsonl, TensorBoard and loss.png.
+"""What a user sees of a run: terminal, log.txt, metrics.jsonl, loss.png, TensorBoard, trackers.
 
 Only rank 0 writes and prints.
 """
@@ -37,6 +37,7 @@ from fastbert.training import diagnosis
 from fastbert.training.engine import StepResult
 from fastbert.training.heldout import HeldOut
 from fastbert.training.history import History
+from fastbert.training.loggers import STOP_REASON, Loggers
 from fastbert.training.metrics import LOSS_KEYS, STEP_KEYS, MetricsFile, read_metrics
 from fastbert.training.picture import loss_figure, write_picture
 from fastbert.training.train_state import StopCriteria, TrainState
@@ -121,6 +122,7 @@ class Monitor:
         self._tensorboard = SummaryWriter(
             str(run / "tensorboard"), purge_step=None if fresh else step + 1
         )
+        self._loggers = Loggers(run, recipe, fresh)
         self._console = Console(highlight=False, soft_wrap=True)
         self._redraws = can_redraw(self._console)
         columns = (
@@ -138,6 +140,7 @@ class Monitor:
         self._norms = diagnosis.GradientNorm(recipe)
         self._losses = diagnosis.TrainingLoss(vocab_size, recipe)
         self._advised: set[str] = set()
+        self._done = False  # a stop condition was reached
         if bad:
             self.say(
                 f"{run / 'metrics.jsonl'}: {len(bad):,} of its lines cannot be read and are "
@@ -203,10 +206,12 @@ class Monitor:
             )
         if done.step == 1:
             self._advise(
-                "first loss", diagnosis.first_loss(result.loss, self._vocab_size, self._recipe)
+                "first loss",
+                1,
+                diagnosis.first_loss(result.loss, self._vocab_size, self._recipe),
             )
-        self._advise("gradient", self._norms.add(done.step, result.grad_norm))
-        self._advise("diverged", self._losses.add(done.step, result.loss))
+        self._advise("gradient", done.step, self._norms.add(done.step, result.grad_norm))
+        self._advise("diverged", done.step, self._losses.add(done.step, result.loss))
         window = self._window
         window.steps += 1
         window.loss += result.loss
@@ -262,14 +267,17 @@ class Monitor:
         for name, one in several.items():
             self._scalars(f"heldout/{name}", done.step, asdict(one))
         lost = diagnosis.diverged(found.loss, self._vocab_size, self._recipe)
-        self._advise("diverged", lost)
+        self._advise("diverged", done.step, lost)
         if lost is None and done.step >= diagnosis.EARLY:
             if found.loss_mask_token is not None:
                 self._advise(
                     "plateau",
+                    done.step,
                     diagnosis.plateau(share, found.loss_mask_token, self._baselines, self._recipe),
                 )
-            self._advise("pairs", diagnosis.stuck_pairs(share, found.loss_nsp, found.accuracy_nsp))
+            self._advise(
+                "pairs", done.step, diagnosis.stuck_pairs(share, found.loss_nsp, found.accuracy_nsp)
+            )
         # `stop` draws the last picture.
         if share < 1.0 and time.perf_counter() - self._drawn >= PICTURE_EVERY_S:
             self._draw()
@@ -327,6 +335,8 @@ class Monitor:
                 )
             self._draw()
             self.say(f"stopped at step {step:,}: {reason}" + (f"; {advice}" if advice else ""))
+            self._done = not advice
+            self._loggers.note(step, STOP_REASON, reason)
 
     def close(self) -> None:
         """Close every file; a disk that refuses has been reported before."""
@@ -338,6 +348,9 @@ class Monitor:
         if self._redraws:
             with self._printing():
                 self._bar.stop()
+        self._loggers.close(self._done)
+        with contextlib.suppress(OSError):
+            self._say_problems()
         for close in (self._tensorboard.close, self._metrics.close, self._log_file.close):
             with contextlib.suppress(OSError):
                 close()
@@ -391,17 +404,24 @@ class Monitor:
             parts.append(f"on [MASK] {found.loss_mask_token:.3f}, {place}")
         return "; ".join(parts)
 
-    def _advise(self, rule: str, line: str | None) -> None:
+    def _advise(self, rule: str, step: int, line: str | None) -> None:
         """Print a rule's line, the first time that it has one."""
         if line is not None and rule not in self._advised:
             self._advised.add(rule)
             self.say(f"note: {line}")
+            self._loggers.note(step, f"note/{rule.replace(' ', '_')}", line)
+
+    def _say_problems(self) -> None:
+        for line in self._loggers.problems():
+            self.say(line)
 
     def _scalars(self, group: str, step: int, values: Mapping[str, float | None]) -> None:
         with named(self.run / "tensorboard"):
             for name, value in values.items():
                 if value is not None and math.isfinite(value):
                     self._tensorboard.add_scalar(f"{group}/{name}", value, step)
+        self._loggers.log(step, {f"{group}/{name}": value for name, value in values.items()})
+        self._say_problems()
 
     @contextlib.contextmanager
     def _printing(self) -> Iterator[None]:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
+from fastbert.checkpoints.bucket import BucketLock
 from fastbert.checkpoints.ownership import RunLock
 from fastbert.checkpoints.saver import Saved, Saver
 from fastbert.cluster.group import Group
@@ -17,6 +17,7 @@ from fastbert.data.packing import PackedBatch
 from fastbert.data.phases import Phase
 from fastbert.data.prefetch import Prefetch
 from fastbert.planning.flops import executed_flops
+from fastbert.storage import Place, place
 from fastbert.training.engine import Engine, NotFinite
 from fastbert.training.heldout import HeldOut, together
 from fastbert.training.monitor import Monitor
@@ -56,7 +57,7 @@ class Consensus:
         group: Group,
         watchdog: Watchdog,
         stop_request: StopRequest,
-        lock: RunLock,
+        lock: RunLock | BucketLock,
         began: float,
     ):
         self.watchdog, self.stop_request, self.lock = watchdog, stop_request, lock
@@ -117,7 +118,8 @@ class Run:
         self.setup, self.group, self.consensus = setup, group, consensus
         self.engine, self.monitor, self.saver, self.feed = engine, monitor, saver, feed
         self.stop = self.diverged = False
-        self.newest: Path | None = setup.start.checkpoint.path if setup.start.checkpoint else None
+        found = setup.start.checkpoint
+        self.newest: Place | None = place(found.place) if found else None
         self._saved, self._due, self._written = self.state.step, False, True
         # The held-out losses of the current weights; None where they have not been measured.
         self._found: HeldOut | None = None

@@ -5,6 +5,7 @@ A run begins in an empty folder or at the newest valid checkpoint of an earlier 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import hashlib
@@ -21,12 +22,13 @@ import torch
 from torch import Tensor
 
 from fastbert.checkpoints import checkpoint
+from fastbert.checkpoints.bucket import Attempt, Bucket, BucketLock
 from fastbert.checkpoints.checkpoint import WEIGHT, Checkpoint
 from fastbert.checkpoints.model_folder import ModelParts, tokenizer_sha256, trained_length
-from fastbert.checkpoints.ownership import CLAIM, RunLock
+from fastbert.checkpoints.ownership import CLAIM, LostOwnership, RunLock
 from fastbert.checkpoints.weight_names import check_layers, shapes
 from fastbert.cluster.group import Group
-from fastbert.config import RunConfig, settings_of
+from fastbert.config import RunConfig, by_key
 from fastbert.data.batches import Batches, heldout_batches
 from fastbert.data.dataset import TokenDataset
 from fastbert.data.manifest import tokenizer_files
@@ -40,15 +42,18 @@ from fastbert.models.build import Model, build_model
 from fastbert.presence import is_file, is_folder, names_in, status, unreadable
 from fastbert.recipe import DEEPSPEED, dump_config, load_config, parse_config
 from fastbert.regular_file import read_bytes
+from fastbert.storage import Url, is_url, objects, place, read
 from fastbert.training.branch import ORIGIN, begin_state, open_parent, origin_in, position_of
 from fastbert.training.ds_config import DeepSpeedSettings, read_ds_config
 from fastbert.training.engine import check_settings
 from fastbert.training.graphs import check_cuda_graphs
 from fastbert.training.heldout import HeldOutSource
 from fastbert.training.initial import open_initial, put, with_sizes
+from fastbert.training.loggers import check_loggers
 from fastbert.training.metrics import read_metrics
 from fastbert.training.optimizer import slots
 from fastbert.training.precision import Precision, resolve_precision
+from fastbert.training.rounds import answering, in_rounds
 from fastbert.training.train_state import StopCriteria, TrainState
 from fastbert.training.verified_dataset import open_sources
 
@@ -64,6 +69,7 @@ FREE = (
     "stop",
     "evaluate",
     "checkpoint",
+    "log",
     "runtime",
     "batch.micro_batch_tokens",
 )
@@ -93,16 +99,28 @@ class Start:
     """Where a run begins.
 
     Attributes:
-        run: the run folder, which may be written to.
+        run: the run folder on this machine, which may be written to.
         checkpoint: the checkpoint to resume from; None for a start from the beginning.
         branches: the checkpoint is that of another run, from which this one branches off.
         notes: lines for the user, for example on damaged checkpoints that were skipped.
+        bucket: where the run is; None where `run` is the run folder itself.
     """
 
     run: Path
     checkpoint: Checkpoint | None
     notes: list[str] = field(default_factory=list)
     branches: bool = False
+    bucket: Bucket | None = None
+
+    @property
+    def place(self) -> str:
+        """The run folder as the user knows it."""
+        return str(self.bucket.url if self.bucket else self.run)
+
+    def close(self) -> None:
+        """Remove what this process needs of a run in a bucket while it runs."""
+        if self.bucket is not None:
+            self.bucket.close()
 
     def dump(self) -> dict[str, Any]:
         """Convert to JSON, for the other ranks."""
@@ -127,6 +145,86 @@ class Start:
         )
 
 
+def open_bucket_run(
+    config: RunConfig, recipe: str, datasets: Sequence[TokenDataset], resume: bool, group: Group
+) -> Start:
+    """Find where a run in a bucket begins; every rank calls it, and it changes no run.
+
+    Each machine gets a copy of the checkpoint. Arguments and errors as `open_run`.
+    """
+    place = f"{recipe}: run = {config.run!r}"
+    with group.raise_on_all_ranks(), answering():
+        bucket = Bucket(Url(config.run))
+    try:
+        return _open_bucket_run(config, recipe, datasets, resume, group, bucket, place)
+    except BaseException:
+        bucket.close()
+        raise
+
+
+def _open_bucket_run(
+    config: RunConfig,
+    recipe: str,
+    datasets: Sequence[TokenDataset],
+    resume: bool,
+    group: Group,
+    bucket: Bucket,
+    place: str,
+) -> Start:
+    candidates: dict[Attempt, dict[str, int]] = {}
+    with group.raise_on_all_ranks(), answering():
+        if group.is_main:
+            try:
+                bucket.check_folder()
+            except InputError as error:
+                raise InputError(f"{place}: {error}") from None
+            candidates = bucket.checkpoints()
+            if candidates and not resume:
+                raise _resume_is_missing(place)
+            bucket.read_records()
+            if not candidates:
+                _check_nothing_is_lost(bucket.work, place, resume)
+    complaints: list[str] = []
+    while group.broadcast(bool(candidates)):
+        copy = None
+        with group.raise_on_all_ranks(), answering():
+            attempt, manifest = None, None
+            if group.is_main:
+                attempt = next(iter(candidates))
+                manifest = bucket.read_manifest(attempt, candidates.pop(attempt))
+        name, valid = group.broadcast(
+            [attempt.name, not isinstance(manifest, str)] if attempt else None
+        )
+        at = f"{bucket.url}/checkpoints/{name}"
+        if not valid:
+            complaints.append(f"{at}: damaged: {manifest}")
+            continue
+        with group.raise_on_all_ranks(), answering():
+            attempt = Attempt.of(name)
+            assert attempt is not None
+            if not group.is_main:
+                manifest = bucket.read_manifest(attempt, bucket.attempts()[attempt])
+            if isinstance(manifest, str):
+                raise InputError(f"{at}: damaged: {manifest}")
+            assert manifest is not None
+            copy = bucket.copy(attempt, manifest)
+        in_rounds(copy, f"fetching {at}", group)
+        problems = [problem for problem in group.gather(copy.problem) if problem]
+        if problems:
+            complaints.append(f"{at}: damaged: {problems[0]}")
+            continue
+        notes = [*complaints, f"resuming from {at}, the newest valid one"] if complaints else []
+        with group.raise_on_all_ranks():
+            if group.is_main:
+                notes += _check_same_run(config, recipe, datasets, copy.checkpoint)
+        return Start(bucket.work, copy.checkpoint, notes, bucket=bucket)
+    complaints = group.broadcast(complaints)
+    if complaints:
+        raise _none_is_valid(complaints)
+    notes = [_from_the_beginning(config.run)] if resume else []
+    return Start(bucket.work, None, notes, bucket=bucket)
+
+
 def open_run(
     config: RunConfig, recipe: str, datasets: Sequence[TokenDataset], resume: bool
 ) -> Start:
@@ -148,27 +246,38 @@ def open_run(
     if not checkpoint.exists(run):
         _check_nothing_is_lost(run, place, resume)
         start = "the beginning" if config.branch_from is None else config.branch_from
-        note = f"{run}: no checkpoint to resume from; starting from {start}"
-        notes = [note] if resume else []
+        notes = [_from_the_beginning(run, start)] if resume else []
         if config.branch_from is None:
             return Start(run, None, notes)
         parent = open_parent(config.branch_from, recipe)
         changes = _check_same_run(config, recipe, datasets, parent, branches=True)
         return Start(run, parent, [*notes, *changes], branches=True)
     if not resume:
-        raise InputError(
-            f"{place}: holds a run with checkpoints; "
-            "resume with --resume, or give another folder by run=..."
-        )
+        raise _resume_is_missing(place)
     found, notes = checkpoint.newest_valid(run)
     if found is None:
-        raise InputError(
-            f"{notes[0]}; no valid checkpoint is left there; "
-            "give another folder by run=... to start a new run"
-        )
+        raise _none_is_valid(notes)
     if notes:
-        notes = [*notes, f"resuming from {found.path}, the newest valid one"]
+        notes = [*notes, f"resuming from {found.place}, the newest valid one"]
     return Start(run, found, [*notes, *_check_same_run(config, recipe, datasets, found)])
+
+
+def _resume_is_missing(place: str) -> InputError:
+    return InputError(
+        f"{place}: holds a run with checkpoints; "
+        "resume with --resume, or give another folder by run=..."
+    )
+
+
+def _none_is_valid(complaints: list[str]) -> InputError:
+    return InputError(
+        f"{complaints[0]}; no valid checkpoint is left there; "
+        "give another folder by run=... to start a new run"
+    )
+
+
+def _from_the_beginning(run: object, start: str = "the beginning") -> str:
+    return f"{run}: no checkpoint to resume from; starting from {start}"
 
 
 def _check_folder(run: Path, place: str) -> None:
@@ -334,6 +443,8 @@ def set_up(config: RunConfig, recipe: str, resume: bool, group: Group) -> Setup:
             config, initial = _start_from(config, recipe, resume)
         settings = read_ds_config(config, recipe)
         check_settings(settings)
+        if group.is_main:
+            check_loggers(config, recipe)
     paths = [source.path for source in config.sources]
     datasets = open_sources(paths, group, config.order.window)
     dataset = datasets[0]
@@ -345,9 +456,12 @@ def set_up(config: RunConfig, recipe: str, resume: bool, group: Group) -> Setup:
         )
         if config.init is not None and initial is not None:
             put(config.init, initial, model, dataset, recipe)
-        if group.is_main:
+        if group.is_main and not is_url(config.run):
             start = open_run(config, recipe, datasets, resume)
-    start = Start.load(group.broadcast(start.dump() if start else None))
+    if is_url(config.run):
+        start = open_bucket_run(config, recipe, datasets, resume, group)
+    else:
+        start = Start.load(group.broadcast(start.dump() if start else None))
     with group.raise_on_all_ranks():
         batches = Batches(datasets, config, _origin(start, datasets))
         batches.check(group.world)
@@ -463,7 +577,7 @@ def _precision_before(found: Checkpoint | None) -> str:
     """Return the resolved precision of the run that saved a checkpoint; "auto" if there is none."""
     if found is None:
         return "auto"
-    return parse_config(found.metadata["recipe"], str(found.path)).runtime.precision
+    return parse_config(found.metadata["recipe"], str(found.place)).runtime.precision
 
 
 def _largest_product(config: RunConfig, vocab_size: int) -> int:
@@ -510,11 +624,24 @@ def _start_from(
     Where a run is resumed, its checkpoint has the weights, so the model is None.
     """
     assert config.init is not None
-    resolved = Path(config.run) / "config.toml"
-    if resume and checkpoint.exists(Path(config.run)) and is_file(resolved):
-        return with_sizes(config, load_config(resolved).model, recipe), None
+    if resume and (before := _resolved_before(config.run)) is not None:
+        return with_sizes(config, before.model, recipe), None
     initial = open_initial(config.init)
     return with_sizes(config, initial.config, recipe), initial
+
+
+def _resolved_before(run: str) -> RunConfig | None:
+    """Return the resolved recipe of a run that has checkpoints; None where it has none."""
+    at = place(run)
+    if isinstance(at, Path):
+        there = checkpoint.exists(at) and is_file(at / "config.toml")
+        return load_config(at / "config.toml") if there else None
+    with answering():
+        if "manifest.json" in {e.name.rpartition("/")[2] for e in objects(at / "checkpoints")}:
+            with contextlib.suppress(FileNotFoundError):
+                text = read(at / "config.toml").decode("utf-8", "replace")
+                return parse_config(text, str(at / "config.toml"))
+    return None
 
 
 def _digest(weights: Mapping[str, Tensor]) -> str:
@@ -525,18 +652,19 @@ def _digest(weights: Mapping[str, Tensor]) -> str:
     return sha.hexdigest()
 
 
-def take_folder(setup: Setup, group: Group) -> RunLock:
+def take_folder(setup: Setup, group: Group) -> RunLock | BucketLock:
     """Take over the run folder, and write the files that a run begins with.
 
     Raises:
         InputError: the folder cannot be made or written, or a rank does not see it.
     """
-    token = None
-    with group.raise_on_all_ranks():
+    bucket, token = setup.start.bucket, None
+    with group.raise_on_all_ranks(), answering():
         if group.is_main:
-            token = _prepare(setup).token
-    owner = RunLock(setup.start.run, group.broadcast(token))
-    with group.raise_on_all_ranks():
+            token = _prepare(setup)
+    token = group.broadcast(token)
+    owner = RunLock(setup.start.run, token) if bucket is None else BucketLock(bucket, int(token))
+    with group.raise_on_all_ranks(), answering():
         deadline = time.monotonic() + SHARED_DISK_S
         while not owner.holds():
             if time.monotonic() > deadline:
@@ -545,30 +673,46 @@ def take_folder(setup: Setup, group: Group) -> RunLock:
                     "give a folder on a disk that all machines share"
                 )
             time.sleep(0.1)
+    if group.is_main and isinstance(owner, BucketLock):
+        owner.watch()
     return owner
 
 
-def _prepare(setup: Setup) -> RunLock:
+def _prepare(setup: Setup) -> str:
     """Claim the folder, and write the resolved recipe and a copy of the tokenizer.
 
     With the copy, the run's model can be used when the dataset is gone.
+
+    Returns:
+        The token of the claim.
     """
-    run, config = setup.start.run, setup.config
+    start, config = setup.start, setup.config
     tokenizer = {
         Path(name).name: _read_plain(setup.dataset.path / name)
         for name in tokenizer_files(setup.dataset.has_words)
     }
     try:
-        run.mkdir(parents=True, exist_ok=True)
-        owner = RunLock.claim(run)
-        write_whole(run / "config.toml", dump_config(config).encode())
-        (run / "tokenizer").mkdir(exist_ok=True)
+        start.run.mkdir(parents=True, exist_ok=True)
+        if start.bucket is None:
+            token = RunLock.claim(start.run).token
+        else:
+            step = start.checkpoint.step if start.checkpoint else 0
+            token = start.bucket.claim(step).token
+            if start.checkpoint is None:
+                start.bucket.remove_records()
+        write_whole(start.run / "config.toml", dump_config(config).encode())
+        (start.run / "tokenizer").mkdir(exist_ok=True)
         for name, data in tokenizer.items():
-            write_whole(run / "tokenizer" / name, data)
-        return owner
+            write_whole(start.run / "tokenizer" / name, data)
+        if start.bucket is not None:
+            start.bucket.upload_records(int(token))
+        return token
+    except LostOwnership as error:
+        raise InputError(f"{error}; two starts at the same time") from None
     except OSError as error:
         raise InputError(
-            f"run = {config.run!r}: {error.filename or run} cannot be written: {error.strerror}"
+            f"run = {config.run!r}: {error.filename or start.run} cannot be written: "
+            f"{error.strerror}"
         ) from None
 
 
@@ -629,10 +773,10 @@ def _check_same_run(
     """
     text = found.metadata.get("recipe")
     if not isinstance(text, str):
-        raise InputError(f"{found.path}: no recipe in its metadata; take another checkpoint")
-    TrainState.read(found.metadata.get("progress"), str(found.path))
-    before = _flat(parse_config(text, str(found.path)))
-    now = _flat(config)
+        raise InputError(f"{found.place}: no recipe in its metadata; take another checkpoint")
+    TrainState.read(found.metadata.get("progress"), str(found.place))
+    before = by_key(parse_config(text, str(found.place)))
+    now = by_key(config)
     free = (*FREE, *BRANCH_FREE) if branches else FREE
     keys = dict.fromkeys([*now, *before])
     changed = [key for key in keys if now.get(key) != before.get(key) and not _among(key, free)]
@@ -646,7 +790,7 @@ def _check_same_run(
     for key in changed:
         if not _among(key, (*NOTED, *BRANCH_NOTED) if branches else NOTED):
             raise InputError(
-                f"{recipe}: {key} = {now.get(key)!r}, but the checkpoint {found.path} "
+                f"{recipe}: {key} = {now.get(key)!r}, but the checkpoint {found.place} "
                 f"was trained with {before.get(key)!r}; set it back, or {other}"
             )
     _check_datasets(config, recipe, datasets, found, branches)
@@ -695,7 +839,7 @@ def _check_tensors(config: RunConfig, dataset: TokenDataset, found: Checkpoint) 
         InputError: it does not.
     """
     tensors = checkpoint.read_all(found.path)
-    check_layers(config.model.num_hidden_layers, len(tensors.get(WEIGHT, ())), str(found.path))
+    check_layers(config.model.num_hidden_layers, len(tensors.get(WEIGHT, ())), str(found.place))
     wanted = {WEIGHT: shapes(config.model, dataset.vocab_size)}
     for name, shape in wanted[WEIGHT].items():
         for slot in slots(config.optimizer, name, shape):
@@ -704,31 +848,9 @@ def _check_tensors(config: RunConfig, dataset: TokenDataset, found: Checkpoint) 
         there = tensors[slot].shapes() if slot in tensors else {}
         if wrong := sorted(name for name in {*named, *there} if there.get(name) != named.get(name)):
             raise InputError(
-                f"{found.path}: {slot}/{wrong[0]} is missing or does not have the shape that the "
+                f"{found.place}: {slot}/{wrong[0]} is missing or does not have the shape that the "
                 "recipe gives; take another checkpoint"
             )
-
-
-def _flat(config: RunConfig) -> dict[str, Any]:
-    """The recipe's values by dotted key; phases are numbered from 1: phase.1.batch.sequences."""
-    values = _flat_section(config, "")
-    own = tuple(source.weight for source in config.sources)
-    values["weights"] = own if any(own) and len(own) > 1 else config.weights
-    values["data"] = config.shown_data
-    for number, phase in enumerate(values.pop("phase"), 1):
-        values |= _flat_section(phase, f"phase.{number}.")
-    return values
-
-
-def _flat_section(section: Any, prefix: str) -> dict[str, Any]:
-    values: dict[str, Any] = {}
-    for item in settings_of(section):
-        value, key = getattr(section, item.name), f"{prefix}{item.name}"
-        if dataclasses.is_dataclass(value):
-            values |= _flat_section(value, f"{key}.")
-        else:
-            values[key] = value
-    return values
 
 
 def _among(key: str, places: tuple[str, ...]) -> bool:

@@ -1,24 +1,23 @@
 """Opens and verifies the datasets of a run or an evaluation.
 
-Every rank opens it. One process of each machine verifies it while the others wait.
+Every rank opens it. One process of each machine verifies it while the others wait. A dataset in a
+bucket is copied to each machine before.
 """
 
 from __future__ import annotations
 
-import math
-import time
 from collections.abc import Sequence
-from contextlib import closing, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 
 from fastbert.checkpoints.model_folder import tokenizer_sha256
 from fastbert.cluster.group import Group
 from fastbert.data.dataset import TokenDataset, open_dataset
+from fastbert.data.remote_dataset import dataset_copy
 from fastbert.data.tokenizer import load_tokenizer
 from fastbert.errors import InputError
-from fastbert.terminal import tell
-
-LINE_EVERY_S = 5.0  # between progress lines; most datasets are verified before the first
+from fastbert.storage import Url, place
+from fastbert.training.rounds import answering, in_rounds
 
 
 def open_sources(
@@ -62,7 +61,7 @@ def open_verified(
     """Open and verify the dataset at `path`; every rank of the group calls it.
 
     Args:
-        path: the dataset's folder.
+        path: the dataset's folder, or its URL.
         group: the run's processes; None for a single process without a group.
         window: as in `TokenDataset.verify`.
 
@@ -71,30 +70,14 @@ def open_verified(
         Interrupted: a signal came to any rank.
         RankLost: another rank did not respond in time.
     """
-    on_all_ranks, heed = (
-        (group.raise_on_all_ranks, group.heed) if group else (nullcontext, lambda: None)
-    )
+    on_all_ranks = group.raise_on_all_ranks if group else nullcontext
+    if isinstance(at := place(path), Url):
+        with on_all_ranks(), answering():
+            copy = dataset_copy(at)
+        in_rounds(copy, f"fetching {at}", group)
+        path = copy.path
     with on_all_ranks():
         dataset = open_dataset(path, verify=False)
-    # Verifying may take longer than the ranks wait for each other. So they meet four times within
-    # that time.
-    round_s = group.timeout_s / 4 if group else math.inf
-    said, more = time.monotonic(), True
-    with closing(dataset.verify(window)) as work:
-        while more:
-            more, end = False, time.monotonic() + round_s
-            with on_all_ranks():
-                heed()
-                for done, total in work if group is None or group.local_rank == 0 else ():
-                    heed()
-                    now = time.monotonic()
-                    if now > said + LINE_EVERY_S and (group is None or group.is_main):
-                        said = now
-                        tell(f"verifying {path}: {done / total:.0%} of {total / 1e9:,.1f} GB")
-                    if now > end:
-                        more = True
-                        break
-            if group:
-                more = any(group.gather(more))
-                group.tick("verifying the dataset")
+    mine = dataset.verify(window) if group is None or group.local_rank == 0 else ()
+    in_rounds(mine, f"verifying {at}", group)
     return dataset

@@ -1,0 +1,129 @@
+"""Datasets in a bucket: copied to this machine to be read, and uploaded when they are made."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from fastbert import storage
+from fastbert.cache import Copy, workspace
+from fastbert.durable import exit_at_signals, sha256_of, unsealed
+from fastbert.errors import InputError
+from fastbert.storage import Url
+from fastbert.terminal import tell
+
+MANIFEST = "manifest.json"
+SPLITS = ("train", "heldout")
+
+
+def dataset_copy(url: Url) -> Copy:
+    """A verified copy of a dataset on this machine, in the making; one per machine.
+
+    Raises:
+        InputError: there is no dataset at `url`, or its manifest is damaged.
+        OSError: the store does not answer.
+    """
+    try:
+        data = storage.read(url / MANIFEST)
+    except FileNotFoundError:
+        raise InputError(
+            f"{url}: no such dataset; make one with `fastbert prepare SOURCE --out {url}`"
+        ) from None
+    try:
+        manifest = unsealed(data)
+        files = {} if manifest is None else files_of(manifest)
+    except (ValueError, TypeError, KeyError, RecursionError):
+        raise InputError(f"{url / MANIFEST}: not the manifest of a dataset") from None
+    if manifest is None:
+        raise InputError(f"{url / MANIFEST}: it does not have its own SHA-256: damaged or changed")
+
+    def make(folder: Path) -> Iterator[int]:
+        for name, (size, digest) in files.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            yield from storage.fetch(url / name, folder / name, size, digest)
+        (folder / MANIFEST).write_bytes(data)
+
+    total = sum(size for size, _ in files.values())
+    return Copy("datasets", hashlib.sha256(data).hexdigest(), total, make)
+
+
+def fetch_dataset(url: Url) -> Path:
+    """Copy a dataset to this machine, unless it is there; return its folder, which stays.
+
+    Raises:
+        InputError: as `dataset_copy`, or the store does not answer.
+    """
+    try:
+        copy = dataset_copy(url)
+        for _ in copy:
+            pass
+    except OSError as error:
+        raise InputError(f"{error.filename or url}: {error.strerror or error}") from None
+    return copy.path
+
+
+def files_of(manifest: dict[str, Any]) -> dict[str, tuple[int, str | None]]:
+    """Size and SHA-256 of all files of a dataset by name; None where blocks have their own hashes.
+
+    Raises:
+        ValueError, TypeError, KeyError: the manifest is wrong.
+    """
+    files: dict[str, tuple[int, str | None]] = {
+        name: (int(entry["size"]), str(entry["sha256"]))
+        for name, entry in manifest["files"].items()
+    }
+    for number, part in enumerate(manifest.get("parts", ())):
+        for split in SPLITS:
+            for shard, size in enumerate(part["splits"][split]["shards"]):
+                files[f"part-{number:05d}/{split}-{shard:05d}"] = int(size), None
+    for name in files:  # they become paths on this machine
+        parts = PurePosixPath(name).parts
+        if not parts or parts[0] == "/" or ".." in parts or "\0" in name:
+            raise ValueError(f"{name!r} is no name of a file in a dataset")
+    return files
+
+
+@contextlib.contextmanager
+def uploading(url: Url) -> Iterator[Path]:
+    """Yield a path for a new dataset, which is uploaded at the end of the block, manifest last.
+
+    Raises:
+        InputError: there is something at `url` already, or the store refuses it. What was uploaded
+            is removed then.
+    """
+    _check_new(url)
+    with workspace("prepare") as folder:
+        made = folder / url.name
+        yield made
+        names = [entry.name for entry in storage.objects(made)]
+        names.sort(key=lambda name: name == MANIFEST)
+        size = sum((made / name).stat().st_size for name in names)
+        tell(f"uploading {size / 1e9:,.2f} GB to {url}")
+        with exit_at_signals():
+            try:
+                for name in names:
+                    storage.upload(made / name, url / name, sha256_of(made / name))
+            except BaseException as error:
+                for name in reversed(names):
+                    with contextlib.suppress(OSError, InputError):
+                        storage.remove(url / name)
+                if isinstance(error, OSError):
+                    raise InputError(f"{error.filename}: {error.strerror}") from None
+                raise
+
+
+def _check_new(url: Url) -> None:
+    try:
+        there = storage.names(url)
+    except OSError as error:
+        raise InputError(f"{url}: {error.strerror}") from None
+    if MANIFEST in there:
+        raise InputError(f"{url}: exists already; remove it or choose another --out")
+    if there:
+        raise InputError(
+            f"{url}: holds {', '.join(there[:3])}, as of an upload that was killed; "
+            "remove it or choose another --out"
+        )

@@ -1,0 +1,299 @@
+"""Runs whose folder and dataset are in a bucket, against the same runs on a disk.
+
+The processes are real, and so is the S3 server, on loopback. Every start has a local disk of its
+own, and so has every rank: they share nothing but the bucket.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import fastbert
+from fastbert import cli, storage
+from fastbert.checkpoints.bucket import OWNERS, Attempt, Owner, _belongs
+from fastbert.checkpoints.failpoint import UPLOAD_POINTS
+from fastbert.durable import sha256_of
+from fastbert.storage import Url
+from tests.ranks import Ranks
+from tests.store_server import BUCKET, Faults, Proxy, credentials, make_bucket, s3_server
+from tests.tiers import typical
+from tests.trials import Laboratory, Trial, wait_for
+
+ALL = ("uploading", "share-uploaded", "records-uploaded", "publishing", "manifest-uploaded")
+
+
+@pytest.fixture(scope="module")
+def server():
+    with s3_server() as port:
+        make_bucket(port, BUCKET)
+        yield port
+
+
+@pytest.fixture
+def proxy(server, monkeypatch):
+    import s3fs
+
+    opened = Proxy(server)
+    monkeypatch.setattr(s3fs.S3FileSystem, "cachable", False)
+    for name, value in credentials(server).items():
+        monkeypatch.setenv(name, value)
+    storage._file_system.cache_clear()
+    yield opened
+    opened.close()
+    storage._file_system.cache_clear()
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory, small_dataset) -> Laboratory:
+    return Laboratory(tmp_path_factory.mktemp("bucket"), small_dataset.path)
+
+
+class BucketTrial(Trial):
+    """A Trial whose run, and dataset, are in the bucket.
+
+    Attributes:
+        url: of the run.
+        machine: the local disks of the next start; another name means other machines.
+    """
+
+    def __init__(self, folder: Path, proxy: Proxy, dataset: str | Path, stage: int = 0):
+        self.url = Url(f"s3://{BUCKET}/runs/{folder.parent.name}-{folder.name}")
+        overrides = f"run={self.url}", f"data={dataset}"
+        super().__init__(folder, Path("unused"), *overrides, stage=stage)
+        self.machine, self._port = "first", proxy.port
+
+    def start(self, world: int = 1, *overrides: str, **more: str) -> Ranks:
+        disks = {"FASTBERT_CACHE": f"{self.folder}/{self.machine}-$RANK", "HOME": str(self.folder)}
+        return super().start(world, *overrides, **credentials(self._port), **disks, **more)
+
+    def records(self, *events: str | None) -> list[dict[str, Any]]:
+        self.seen.mkdir(exist_ok=True)
+        (self.seen / "metrics.jsonl").write_bytes(storage.read(self.url / "metrics.jsonl"))
+        return super().records(*events)
+
+    @property
+    def published(self) -> list[str]:
+        """Names of the attempts with a manifest."""
+        found = [entry.name.split("/") for entry in storage.objects(self.url / "checkpoints")]
+        return sorted(folder for folder, name in found if name == "manifest.json")
+
+
+@pytest.fixture
+def dataset_url(proxy, small_dataset) -> Url:
+    url = Url(f"s3://{BUCKET}/data/small")
+    if storage.size(url / "manifest.json") is None:
+        for entry in storage.objects(small_dataset.path):
+            storage.put(small_dataset.path / entry.name, url / entry.name)
+    return url
+
+
+def equal(trial: Trial, other: Trial) -> None:
+    tally = trial.compare(other)
+    assert tally.passed and tally.compared, str(tally)
+
+
+def test_ranks_without_a_common_disk_train_as_on_one(lab, proxy, dataset_url, tmp_path):
+    trial = BucketTrial(tmp_path / "a", proxy, dataset_url, stage=2)
+    trial.resume(2)
+    equal(trial, lab.undisturbed(2, 2))
+    names = {entry.name for entry in storage.objects(trial.url)}
+    assert {"config.toml", "log.txt", "loss.png", "tokenizer/tokenizer.json"} <= names
+    assert trial.published == ["step-00000015-00000001-5", "step-00000016-00000001-6"]
+    for name in trial.published:  # a share of each rank
+        shares = [n for n in names if n.startswith(f"checkpoints/{name}/tensors-0")]
+        assert len({share.split("/")[-1][:13] for share in shares}) == 2
+    assert not any(trial.folder.glob("first-*/runs/*")), "work folders are removed"
+    assert [p.name for p in (trial.folder / "first-0/datasets").iterdir() if p.is_dir()] == [
+        sha256_of(lab.dataset / "manifest.json")
+    ]
+    # It is finished, and on machines with empty disks it says so again, with another rank count.
+    trial.machine = "second"
+    out = trial.resume(1)
+    assert any(f"resuming after step 16 from {trial.url}/checkpoints/" in line for line in out)
+
+
+@pytest.mark.parametrize("point", typical(ALL, "share-uploaded", "publishing"))
+def test_a_kill_at_an_upload_leaves_the_newest_valid_checkpoint(lab, proxy, tmp_path, point):
+    trial = BucketTrial(tmp_path / "a", proxy, lab.dataset)
+    with trial.start(FASTBERT_FAILPOINT=f"{point}@3") as ranks:
+        assert ranks.wait() == [-9], ranks.errors
+    before = trial.published
+    newest = max(Attempt.of(name).step for name in before)
+    assert newest == (9 if point == "manifest-uploaded" else 6)
+    trial.machine = "second"  # whose disk is empty
+    out = trial.resume()
+    assert any(f"resuming after step {newest} from" in line for line in out)
+    equal(trial, lab.undisturbed(1, 0))
+    incomplete = {
+        entry.name.split("/")[0] for entry in storage.objects(trial.url / "checkpoints")
+    } - set(trial.published)
+    assert not incomplete, "the next start deletes what a killed one left"
+    assert len(trial.published) == 2
+
+
+@pytest.mark.parametrize("point", typical(("retiring", "retired"), "retiring"))
+def test_a_kill_while_an_old_checkpoint_is_deleted(lab, proxy, tmp_path, point):
+    trial = BucketTrial(tmp_path / "a", proxy, lab.dataset)
+    with trial.start(FASTBERT_FAILPOINT=f"{point}@1") as ranks:
+        assert ranks.wait() == [-9], ranks.errors
+    assert trial.published[-1].startswith("step-0000000")
+    trial.machine = "second"
+    trial.resume()
+    equal(trial, lab.undisturbed(1, 0))
+    assert len(trial.published) == 2
+
+
+def test_the_points_of_an_upload_are_all_tried():
+    assert set(UPLOAD_POINTS) == {*ALL, "retiring", "retired"}
+
+
+def test_a_kill_in_the_middle_of_a_request(lab, proxy, tmp_path):
+    trial = BucketTrial(tmp_path / "a", proxy, lab.dataset)
+    proxy.fault = Faults("hold", 1, "PUT .*step-00000006.*tensors")
+    with trial.start() as ranks:
+        wait_for(lambda: not proxy.fault.left)
+        ranks.kill()
+    assert trial.published == ["step-00000003-00000001-1"]
+    trial.machine = "second"
+    trial.resume()
+    equal(trial, lab.undisturbed(1, 0))
+
+
+def test_damaged_checkpoints_are_skipped(lab, proxy, tmp_path):
+    trial = BucketTrial(tmp_path / "a", proxy, lab.dataset)
+    with trial.start(FASTBERT_FAILPOINT="publishing@4") as ranks:
+        assert ranks.wait() == [-9]
+    assert [name[:13] for name in trial.published] == ["step-00000006", "step-00000009"]
+    newest = trial.url / "checkpoints" / trial.published[-1]
+    (share,) = [e for e in storage.objects(newest) if e.name.startswith("tensors")]
+    data = bytearray(storage.read(newest / share.name))
+    data[len(data) // 2] ^= 1
+    storage.write(newest / share.name, bytes(data))
+    trial.machine = "second"
+    out = trial.resume()
+    assert any(f"{newest}: damaged: " in line and "SHA-256" in line for line in out)
+    assert any("resuming after step 6 from" in line for line in out)
+    equal(trial, lab.undisturbed(1, 0))
+
+
+def test_a_store_that_throttles_and_cuts_changes_no_loss(lab, proxy, dataset_url, tmp_path):
+    trial = BucketTrial(tmp_path / "a", proxy, dataset_url)
+    faults = [Faults("503", 3, "PUT"), Faults("cut", 2, "GET .*train"), Faults("lose", 1, "owners")]
+    proxy.fault = lambda *request: next(filter(None, (f(*request) for f in faults)), "")
+    trial.resume()
+    assert [f.left for f in faults] == [0, 0, 0]
+    equal(trial, lab.undisturbed(1, 0))
+
+
+def test_a_save_that_the_store_refuses_does_not_end_the_run(lab, proxy, tmp_path):
+    trial = BucketTrial(tmp_path / "a", proxy, lab.dataset)
+    proxy.fault = Faults("503", 7, "PUT .*step-00000003.*tensors")
+    out = trial.resume()
+    assert any("no checkpoint at step 3: " in x and "reduce your request rate" in x for x in out)
+    equal(trial, lab.undisturbed(1, 0))
+
+
+def test_a_start_that_was_cut_off_cannot_publish(lab, proxy, tmp_path):
+    """The first start is suspended, another one finishes the run, and the first one comes back."""
+    trial = BucketTrial(tmp_path / "a", proxy, lab.dataset)
+    with trial.start(FASTBERT_FAILPOINT="records-uploaded@2=stop") as first:
+        wait_for(lambda: _stopped(first[0].pid))
+        trial.machine = "second"
+        trial.resume()
+        published = trial.published
+        first.signal(signal.SIGCONT)
+        assert first.wait() == [1]
+        assert "another start of this run (on " in first.errors
+    assert trial.published == published
+    equal(trial, lab.undisturbed(1, 0))
+
+
+def _stopped(pid: int) -> bool:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+
+
+def test_what_a_cut_off_start_publishes_after_the_next_one_began_is_no_part_of_the_run():
+    owners = [Owner(1, "a", 1, 0), Owner(2, "b", 2, 6), Owner(3, "c", 3, 9)]
+    assert _belongs(Attempt(6, 1, 2), owners) and not _belongs(Attempt(7, 1, 3), owners)
+    assert _belongs(Attempt(9, 2, 1), owners) and not _belongs(Attempt(12, 2, 2), owners)
+    assert _belongs(Attempt(12, 3, 1), owners)
+
+
+def test_a_stalled_upload_is_named(lab, proxy, tmp_path):
+    trial = BucketTrial(tmp_path / "a", proxy, lab.dataset, stage=2)
+    proxy.fault = Faults("hold", 100, "PUT .*step-00000003.*tensors-00001")
+    with trial.start(2, "runtime.timeout_s=6") as ranks:
+        assert ranks.wait() == [1, 1]
+        assert "rank 1 (" in ranks.errors and "at the checkpoint of step 3" in ranks.errors
+
+
+def test_a_stalled_fetch_is_named(lab, proxy, dataset_url, tmp_path):
+    trial = BucketTrial(tmp_path / "a", proxy, dataset_url, stage=2)
+    seen: list[str] = []
+
+    def second(method: str, path: str) -> str:
+        """Hold what the second rank asks for; both fetch all files."""
+        if "small/train" in path:
+            seen.append(path)
+            return "hold" if seen.count(path) == 2 and method == "GET" else ""
+        return ""
+
+    proxy.fault = second
+    with trial.start(2, "runtime.timeout_s=6") as ranks:
+        assert ranks.wait() == [1, 1]
+        assert f"at fetching {dataset_url}" in ranks.errors and "storage.py" in ranks.errors
+
+
+def test_bad_input_is_said_before_anything_is_written(lab, proxy, tmp_path):
+    trial = BucketTrial(tmp_path / "a", proxy, lab.dataset)
+    storage.write(trial.url / "thesis.txt", b"mine")
+
+    def refusal(*overrides: str) -> str:
+        with trial.start(1, *overrides) as ranks:
+            assert ranks.wait() == [2]
+            return ranks.errors
+
+    assert "holds thesis.txt, and is no run" in refusal()
+    assert "there is no bucket none" in refusal("run=s3://none/x")
+    assert "no such dataset; make one" in refusal(f"data=s3://{BUCKET}/none")
+    assert [e.name for e in storage.objects(trial.url)] == ["thesis.txt"]
+    storage.remove(trial.url / "thesis.txt")
+    trial.resume(1, "stop.steps=3")
+    with Ranks(
+        trial.command[:-1],
+        tmp_path / "again",
+        **credentials(proxy.port),
+        FASTBERT_CACHE=str(tmp_path / "c"),
+    ) as ranks:
+        assert ranks.wait() == [2] and "resume with --resume" in ranks.errors
+    assert storage.names(trial.url / OWNERS) == ["00000001"]
+
+
+def test_a_run_in_a_bucket_by_its_url(lab, proxy, dataset_url, tmp_path, monkeypatch, capsys):
+    """From Python, and by commands; what is read is copied to this machine once."""
+    monkeypatch.setenv("FASTBERT_CACHE", str(tmp_path / "cache"))
+    trial = BucketTrial(tmp_path / "a", proxy, dataset_url)
+    result = fastbert.pretrain(
+        str(trial.recipe), {"data": str(dataset_url), "run": str(trial.url), "stop.steps": 4}
+    )
+    assert result.exit_code == 0 and result.run == str(trial.url)
+    (last,) = [r for r in trial.records(None) if r["step"] == 4]
+    assert result.metrics["train"]["loss"] == last["loss"]
+    weights = result.load().model.state_dict()
+    again = fastbert.load(str(trial.url)).model.state_dict()
+    assert weights.keys() == again.keys()
+    assert all(torch.equal(weights[name], again[name]) for name in weights)
+    capsys.readouterr()
+    assert cli.run(["evaluate", str(trial.url), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["step"] == 4
+    # Its resolved recipe is one, and a new run may begin with its model.
+    continued = f"run={trial.url}-more", f"init={trial.url}", "stop.steps=2"
+    assert cli.run(["pretrain", f"{trial.url}/config.toml", *continued]) == 0
+    assert cli.run(["evaluate", f"s3://{BUCKET}/none"]) == 2
+    assert "no run with a checkpoint" in capsys.readouterr().err

@@ -1,0 +1,179 @@
+"""Datasets made from and into a bucket, against the same on a disk."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+
+import fastbert
+from fastbert import storage
+from fastbert.data import remote_dataset
+from fastbert.data.dataset import open_dataset
+from fastbert.data.prepare import prepare
+from fastbert.data.remote_dataset import fetch_dataset, files_of
+from fastbert.data.sources import find_sources
+from fastbert.durable import sealed, sha256_of
+from fastbert.errors import InputError
+from fastbert.storage import Url
+from tests.store_server import BUCKET, Faults, Proxy, credentials, make_bucket, s3_server
+
+
+@pytest.fixture(scope="module")
+def server():
+    with s3_server() as port:
+        make_bucket(port, BUCKET)
+        yield port
+
+
+@pytest.fixture
+def proxy(server, monkeypatch, tmp_path):
+    import s3fs
+
+    opened = Proxy(server)
+    monkeypatch.setattr(s3fs.S3FileSystem, "cachable", False)
+    for name, value in credentials(opened.port).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("FASTBERT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(storage, "FIRST_PAUSE_S", 0.01)
+    storage._file_system.cache_clear()
+    yield opened
+    opened.close()
+    storage._file_system.cache_clear()
+
+
+@pytest.fixture
+def texts(english_documents, tmp_path) -> Path:
+    """A folder with text in several formats."""
+    import pyarrow
+    import pyarrow.parquet
+
+    folder, docs = tmp_path / "texts", english_documents[:120]
+    (folder / "more").mkdir(parents=True)
+    lines = [json.dumps({"text": text}) for text in docs[:40]]
+    with gzip.open(folder / "a.jsonl.gz", "wt", encoding="utf-8") as file:
+        file.write("\n".join(lines))
+    (folder / "more/b.txt").write_text("\n\n".join(docs[40:80]), encoding="utf-8")
+    table = pyarrow.table({"text": docs[80:]})
+    pyarrow.parquet.write_table(table, folder / "more/c.parquet", row_group_size=10)
+    return folder
+
+
+def put_folder(folder: Path, url: Url) -> None:
+    for entry in storage.objects(folder):
+        storage.put(folder / entry.name, url / entry.name)
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    return {entry.name: sha256_of(folder / entry.name) for entry in storage.objects(folder)}
+
+
+OPTIONS = {"vocab_size": 400, "workers": 1, "progress": False}
+
+
+def test_text_and_dataset_in_a_bucket_give_the_same_bytes(proxy, texts, tmp_path, monkeypatch):
+    prepare([texts], tmp_path / "local", **OPTIONS)
+    at = Url(f"s3://{BUCKET}/{tmp_path.name}")
+    put_folder(texts, at / "texts")
+    monkeypatch.setattr(storage, "READ_AHEAD", 20_000)
+    proxy.fault = faults = Faults("cut", 3, "GET .*texts/")
+    report = fastbert.prepare(str(at / "texts"), str(at / "data"), **OPTIONS)
+    assert faults.left == 0 and report.figures["documents"] > 100
+    copy = fetch_dataset(at / "data")
+    assert hashes(copy) == hashes(tmp_path / "local")
+    assert open_dataset(str(at / "data")).sha256 == open_dataset(tmp_path / "local").sha256
+    before = len(proxy.requests)
+    assert fetch_dataset(at / "data") == copy
+    assert len(proxy.requests) - before <= 3, "the manifest alone is read again"
+    with pytest.raises(InputError, match=f"{at}/data: exists already"):
+        fastbert.prepare(str(at / "texts"), str(at / "data"), **OPTIONS)
+    assert not list((tmp_path / "cache/prepare").iterdir())
+
+
+def test_the_objects_of_a_url_are_found_as_files_are(proxy, texts, tmp_path):
+    at = Url(f"s3://{BUCKET}/{tmp_path.name}")
+    put_folder(texts, at / "t")
+    storage.write(at / "t/.hidden/x.txt", b"no")
+    storage.write(at / "t/notes.pdf", b"no")
+    storage.write(at / "t/set/manifest.json", b"{}")
+    storage.write(at / "t/set/train/x.txt", b"no")
+
+    def found(*urls: str) -> list[str]:
+        return [str(s.path)[len(str(at)) + 1 :] for s in find_sources(urls)[0]]
+
+    everything = ["t/a.jsonl.gz", "t/more/b.txt", "t/more/c.parquet"]
+    assert found(f"{at}/t") == everything
+    assert found(f"{at}/t/*.jsonl.gz") == everything[:1]
+    assert found(f"{at}/t/more/?.txt", f"{at}/t") == [everything[1], everything[0], everything[2]]
+    _, left_out = find_sources([f"{at}/t"])
+    assert sorted(str(x.path)[len(str(at)) :] for x in left_out) == [
+        "/t/notes.pdf",
+        "/t/set/manifest.json",
+        "/t/set/train/x.txt",
+    ]
+    for url, words in (
+        (f"{at}/none", "no such object, and nothing below it"),
+        (f"{at}/t/*.csv", "nothing there has such a name"),
+        (f"{at}/t/notes.pdf", "the suffix does not tell the format"),
+        ("s3://no-such-bucket/x", "there is no bucket"),
+        ("abc://x/y", "no known kind of URL"),
+    ):
+        with pytest.raises(InputError, match=words):
+            find_sources([url])
+
+
+def test_what_is_uploaded_of_a_dataset_that_fails_is_removed(proxy, tmp_path, monkeypatch):
+    at = Url(f"s3://{BUCKET}/{tmp_path.name}")
+    monkeypatch.setattr(storage, "ATTEMPTS", 2)
+    proxy.fault = Faults("503", 2, "PUT .*manifest")
+    words = f"{at}/d/manifest.json: .*reduce your request rate"
+    with pytest.raises(InputError, match=words), remote_dataset.uploading(at / "d") as made:
+        made.mkdir()
+        (made / "manifest.json").write_bytes(sealed({"files": {}}))
+        (made / "tokens").write_bytes(b"123")
+    uploaded = [path for method, path in proxy.requests if method == "PUT"]
+    assert "tokens" in uploaded[0], "the manifest goes last"
+    assert storage.objects(at) == []
+
+
+def test_a_manifest_cannot_write_outside_its_copy(proxy, tmp_path):
+    at = Url(f"s3://{BUCKET}/{tmp_path.name}")
+    for name in ("../x", "/etc/x", "a/../../x", ""):
+        manifest = sealed({"files": {name: {"size": 1, "sha256": "0"}}})
+        storage.write(at / "manifest.json", manifest)
+        with pytest.raises(InputError, match="not the manifest of a dataset"):
+            fetch_dataset(at)
+    storage.write(at / "manifest.json", sealed({"files": {}}).replace(b"{}", b"{ }"))
+    with pytest.raises(InputError, match="damaged or changed"):
+        fetch_dataset(at)
+    with pytest.raises(InputError, match=f"{at}/none: no such dataset"):
+        fetch_dataset(at / "none")
+
+
+def test_a_changed_file_is_found(proxy, texts, tmp_path):
+    prepare([texts], tmp_path / "local", **OPTIONS)
+    at = Url(f"s3://{BUCKET}/{tmp_path.name}")
+    put_folder(tmp_path / "local", at)
+    data = bytearray(storage.read(at / "tokenizer/vocab.txt"))
+    data[5] ^= 1
+    storage.write(at / "tokenizer/vocab.txt", bytes(data))
+    with pytest.raises(InputError, match=r"vocab\.txt: does not have the SHA-256 of its manifest"):
+        fetch_dataset(at)
+    assert not [p for p in (tmp_path / "cache/datasets").iterdir() if p.is_dir()]
+
+
+def test_the_files_of_the_format_of_blocks():
+    """Format 3 lists its shards by size; the hashes of their blocks are in its table."""
+    splits = {"train": {"shards": [512, 7]}, "heldout": {"shards": [9]}}
+    manifest = {
+        "files": {"part-00000/blocks": {"size": 3, "sha256": "ab"}},
+        "parts": [{"splits": splits}],
+    }
+    assert files_of(manifest) == {
+        "part-00000/blocks": (3, "ab"),
+        "part-00000/train-00000": (512, None),
+        "part-00000/train-00001": (7, None),
+        "part-00000/heldout-00000": (9, None),
+    }
