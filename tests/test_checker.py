@@ -91,11 +91,11 @@ def test_the_command_interprets_finds_and_prints_json(tmp_path):
 BAD_INPUT = {
     "no file": (["missing.py"], "missing.py is not a file; --init prints one to start from"),
     "no name": (["empty.py"], "empty.py has no kernel; --init prints a file with all"),
-    "fails": (["broken.py"], "broken.py fails: ZeroDivisionError: division by zero"),
+    "fails": (["broken.py"], "broken.py fails in line 1: ZeroDivisionError: division by zero"),
     "size": (["good.py", "--shapes", "n=many"], "--shapes n=many: 'n=many' is not a size such as"),
     "dtype": (["good.py", "--dtypes", "fp8"], "dtype = 'fp8'; known are fp32, bf16, fp16"),
     "no dtype": (["good.py", "--dtypes", ","], "good: dtypes is empty; give one at least"),
-    "exits": (["exits.py"], "exits.py fails: SystemExit: 3"),
+    "exits": (["exits.py"], ": SystemExit: 3"),
     "other size": (["good.py", "--shapes", "rows=3"], "inputs fails at {'rows': 3}: TypeError"),
     "shape": (["shape.py"], "shape: 'n' in shapes; expected a dict of sizes, such as"),
     "large": (["large.py"], "large: 2147483648 in large; expected a dict of sizes, such as"),
@@ -258,7 +258,7 @@ def test_a_report_has_bytes_against_the_ideal():
         )
     )
     assert not report.faults
-    assert "1 launches, 320 bytes, 1.00 times the least" in str(report)
+    assert "1 launch, 320 bytes, 1.00 times the least" in str(report)
 
 
 def test_shrinking_goes_on_as_long_as_the_finding_shows():

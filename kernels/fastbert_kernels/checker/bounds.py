@@ -16,10 +16,12 @@ for every element, where the maxima go over one output or gradient.
 - `eps max|exact|` is the rounding of the stored result (half a unit in the last place of the
   largest value) and one more, since plain torch may be exact where a kernel rounds once.
 
-Where this is exceeded, two more things may raise `max|plain - exact|`, as relative errors:
+Where this is exceeded, three more things may raise `max|plain - exact|`, as relative errors:
 
 - The change of `exact` when each input moves by one rounding of fp32. A kernel is as good as that
   if it computes `exp(x)` as `exp2(x log2(e))`, as a GPU does; torch's own `exp` is better.
+- The errors of torch where every sum is taken one term after the other, in fp32 (`serial.py`). A
+  kernel may add in any order; torch adds in pairs, which is better.
 - The largest error of few elements is often small by chance: torch may hit a scalar exactly. So an
   output of fewer than FEW elements is judged by the largest error over DRAWS more draws.
 
@@ -27,7 +29,7 @@ An element that is small beside the largest one has a bound of its own, since th
 exceed it many times. Instead of the largest error of all elements, this takes the largest among
 those that are no larger than it, or among the FEW smallest ones: where a sum cancels, torch's own
 errors in small elements are as large as in others, and else they shrink with the element. If that
-is exceeded, the other draws add to the sample, and so do the moved inputs.
+is exceeded, the other draws add to the sample, and so do the moved inputs and the serial sums.
 
 Where `exact` is zero everywhere (the gradient of a softmax over one column), the result is a
 difference of equal terms. These are as large as the other outputs, whose largest value then stands

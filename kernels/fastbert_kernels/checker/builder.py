@@ -34,6 +34,7 @@ from fastbert_kernels.checker.arithmetic import (
 from fastbert_kernels.checker.clocks import Clocks
 from fastbert_kernels.checker.memory import Argument, Shadow
 from fastbert_kernels.checker.record import Fault, Launch, Record, Traffic
+from fastbert_kernels.checker.report import count
 
 VERBS = {"load": "loads", "store": "stores", "atomic": "atomically updates"}
 PAST = {"load": "loaded", "store": "stored", "atomic": "atomically updated"}
@@ -251,7 +252,7 @@ class Builder(GpuArithmetic):
                 argument.name,
                 "race",
                 where - argument.origin,
-                f"race: {VERBS[action]} what {whom} {PAST[rival]}",
+                f"{VERBS[action]} what {whom} {PAST[rival]}",
                 f"{action} {rival}",
             )
         self._count_loads(argument, action, index)
@@ -291,7 +292,7 @@ class Builder(GpuArithmetic):
                     argument.name,
                     "uninitialised read",
                     place[missing] - argument.origin,
-                    f"{VERBS[action]} {int(missing.sum())} elements that nobody has written",
+                    f"{VERBS[action]} {count(int(missing.sum()), 'element')} that nobody has written",
                 )
         if action != "load":
             written[place] = True
@@ -300,7 +301,7 @@ class Builder(GpuArithmetic):
         if offsets[0] < 0:
             where = "before the start"
         elif offsets[-1] >= argument.span:
-            where = f"past the end: the tensor spans {argument.span} elements"
+            where = f"past the end: the tensor spans {count(argument.span, 'element')}"
         else:
             where = (
                 f"between those of the view, of shape {argument.shape} "
@@ -310,7 +311,7 @@ class Builder(GpuArithmetic):
             argument.name,
             "out of bounds",
             offsets,
-            f"out of bounds: {VERBS[action]} {len(offsets)} elements {where}",
+            f"{VERBS[action]} {count(len(offsets), 'element')} {where}",
             action + where,
         )
 
@@ -350,7 +351,7 @@ class Builder(GpuArithmetic):
                 argument.name,
                 "race",
                 index[differs],
-                "race: lanes of one store write different values",
+                "lanes of one store write different values",
                 "lanes",
             )
 

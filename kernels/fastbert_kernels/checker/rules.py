@@ -88,6 +88,7 @@ def sixteen_bit_accumulation(kernel: KernelSource) -> Iterator[Hit]:
     Source: apple/ml-cross-entropy #14 and #18, linkedin/Liger-Kernel #1329.
     """
     yield from _rounded_accumulators(kernel)
+    yield from _rounded_atomics(kernel)
     locked = any(language_call(call) in ("atomic_cas", "atomic_xchg") for call in kernel.calls)
     for store in kernel.calls:
         if language_call(store) != "store" or len(store.args) < 2:
@@ -134,6 +135,20 @@ def _rounded_accumulators(kernel: KernelSource) -> Iterator[Hit]:
                             f"{name} is rounded to 16 bits after each addition; "
                             "keep the sum in fp32",
                         )
+
+
+def _rounded_atomics(kernel: KernelSource) -> Iterator[Hit]:
+    """Atomic additions to memory of 16 bits."""
+    for call in kernel.calls:
+        if language_call(call) == "atomic_add" and call.args:
+            base = kernel.base(call.args[0])
+            if kernel.widths(base) == "16":
+                yield Hit(
+                    call.lineno,
+                    FAULT,
+                    f"adds atomically to {base}, which is rounded to 16 bits after each addition, "
+                    "in any order; keep the sum in fp32",
+                )
 
 
 def _adds_what_it_loads(kernel: KernelSource, pointer: ast.expr, value: ast.expr) -> bool:
@@ -183,6 +198,8 @@ def float_atomic(kernel: KernelSource) -> Iterator[Hit]:
             continue
         base = kernel.base(call.args[0])
         types = kernel.types.get(base, set())
+        if types & SIXTEEN:  # which is sixteen-bit-accumulation
+            continue
         whole = isinstance(call.args[1], ast.Constant) and isinstance(call.args[1].value, int)
         if types and not any("float" in name for name in types):
             continue
@@ -262,21 +279,27 @@ def int32_offset(kernel: KernelSource) -> Iterator[Hit]:
                     found[node.lineno] = size.id
     if found:
         first, *others = sorted(found)
-        also = f", as in lines {', '.join(map(str, others))}" if others else ""
         yield Hit(
             first,
             NOTE,
-            f"a 32-bit index times {found[first]} wraps beyond 2^31 elements{also}; "
+            f"a 32-bit index times {found[first]} wraps beyond 2^31 elements{_also(others)}; "
             "write index.to(tl.int64)",
         )
 
 
 def _is_int32(kernel: KernelSource, index: ast.expr) -> bool:
-    """Whether a value comes from program_id, arange or a loop, without a cast to 64 bits."""
+    """Whether a value comes from program_id or a loop, without a cast to 64 bits.
+
+    An arange alone has as many elements as a block, which is too few.
+    """
     nodes = list(kernel.sources(index))
     if any(isinstance(n, ast.Attribute) and n.attr in ("int64", "uint64") for n in nodes):
         return False
-    return any(language_call(n) in ("program_id", "arange", "range") for n in nodes)
+    return any(language_call(n) in ("program_id", "range") or _is_range(n) for n in nodes)
+
+
+def _is_range(node: ast.AST) -> bool:
+    return isinstance(node, ast.Call) and getattr(node.func, "id", "") == "range"
 
 
 def uncovered_mask(kernel: KernelSource) -> Iterator[Hit]:
@@ -296,10 +319,15 @@ def uncovered_mask(kernel: KernelSource) -> Iterator[Hit]:
             found.setdefault(call.lineno, name)
     if found:
         first, *others = sorted(found)
-        also = f", as in lines {', '.join(map(str, others))}" if others else ""
-        yield Hit(
-            first, NOTE, f"the mask says nothing of {found[first]}, which other masks bound{also}"
-        )
+        message = f"the mask says nothing of {found[first]}, which other masks bound"
+        yield Hit(first, NOTE, message + _also(others))
+
+
+def _also(lines: list[int]) -> str:
+    """Further lines of a kernel with the same hit."""
+    if not lines:
+        return ""
+    return f", as in line{'s' if len(lines) > 1 else ''} {', '.join(map(str, lines))}"
 
 
 def missing_other(kernel: KernelSource) -> Iterator[Hit]:
