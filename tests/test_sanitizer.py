@@ -128,7 +128,9 @@ def test_an_empty_tensor_and_lanes_masked_off():
     for nothing in (torch.ones(1).expand(0), torch.empty(4, 0), torch.empty(0)):
         assert not launch(copy_kernel, (1,), nothing, nothing, 0, 0, 0, 0, BLOCK=16)
     (fault,) = launch(copy_kernel, (1,), nothing, nothing, 0, 1, 0, 0, BLOCK=16)
-    assert "x_ptr[0] out of bounds: loads 1 element past the end: the tensor spans 0 elements" in fault
+    assert (
+        "x_ptr[0] out of bounds: loads 1 element past the end: the tensor spans 0 elements" in fault
+    )
 
 
 @triton.jit

@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -149,6 +149,10 @@ def _valid(checked: Check, name: str) -> None:
             )
         if not callable(function):
             raise ValueError(f"{name}: {what} = {function!r}; expected a function")
+    for what in ("shapes", "large", "dtypes", "gradients"):
+        value = getattr(checked, what)
+        if isinstance(value, str) or not isinstance(value, (Iterable, type(None))):
+            raise ValueError(f"{name}: {what} = {value!r}; expected a list")
     for what in ("shapes", "large"):
         for shape in getattr(checked, what):
             if not isinstance(shape, Mapping):
@@ -213,7 +217,9 @@ def examine(checked: Check, shape: Shape, dtype: str, kind: str = "") -> Examine
                 unstable = _differing(first, others)
                 findings += _why_unstable(checked, inputs, dtype, first, unstable, spreads, at)
         findings += [
-            _of_output(UNWRITTEN, f"has {count(n, 'element')} that nobody has written", first, name, at)
+            _of_output(
+                UNWRITTEN, f"has {count(n, 'element')} that nobody has written", first, name, at
+            )
             for name, n in first.missing.items()
             if n
         ]
@@ -275,13 +281,22 @@ def examine(checked: Check, shape: Shape, dtype: str, kind: str = "") -> Examine
             )
             for launch in launches
         ),
-        checked.least_bytes(itemsize, **shape) if checked.least_bytes else None,
-        checked.flops(**shape) if checked.flops else None,
+        _ideal("least_bytes", checked.least_bytes, shape, itemsize),
+        _ideal("flops", checked.flops, shape),
         time.perf_counter() - start,
     )
     functions = list(first.record.functions) if first.record else []
     types = dict(first.record.dtypes) if first.record else {}
     return Examined(findings, row, remarks, functions, types)
+
+
+def _ideal(name: str, function: Callable[..., int] | None, shape: Shape, *more: int) -> int | None:
+    """What `least_bytes` or `flops` of a check says of a shape."""
+    try:
+        return function(*more, **shape) if function else None
+    except Exception as error:
+        what = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{name} fails at {shape}: {what}") from error
 
 
 def _kernel(
@@ -496,11 +511,13 @@ class Samples:
         serial: of plain torch, with sums taken one term after the other.
         moved: exact ones, of inputs that have each moved by one rounding; of the check's own draw
             first.
+        sensitive: exact ones of the check's own draw, moved by a rounding of the dtype.
     """
 
     plain: list[tuple[Outcome, Outcome]]
     serial: list[tuple[Outcome, Outcome]]
     moved: list[tuple[Outcome, Outcome]]
+    sensitive: list[Outcome]
 
     def typical_error(self, name: str, few: bool) -> float:
         """The largest relative error of an output; of all draws where it has few elements.
@@ -518,7 +535,7 @@ class Samples:
 
 
 def _samples(checked: Check, shape: Shape, dtype: str) -> Samples:
-    samples = Samples([], [], [])
+    own, samples = draw(checked.inputs, DTYPES[dtype], shape), Samples([], [], [], [])
     for number in range(DRAWS + 1):
         inputs = draw(checked.inputs, DTYPES[dtype], shape, number)
         exact = _reference(checked, inputs, dtype, exact=True)
@@ -530,6 +547,10 @@ def _samples(checked: Check, shape: Shape, dtype: str) -> Samples:
             samples.plain.append((exact, plain))
             samples.serial.append((exact, serial))
             samples.moved.append((exact, moved))
+        changed = by_a_rounding(own, DTYPES[dtype], number)
+        sensitive = _reference(checked, changed, dtype, exact=True)
+        if not sensitive.error:
+            samples.sensitive.append(sensitive)
     return samples
 
 
@@ -581,8 +602,9 @@ def _against(
             one = [(exact.values[theirs], expected)]
             small = compare_small(value, expected, exact.values[theirs], one)
             if small.ratio > 1:
-                more = samples().of(theirs)
-                result = compare_small(value, expected, exact.values[theirs], one + more)
+                more = one + samples().of(theirs)
+                moved = [outcome.values[theirs] for outcome in samples().sensitive]
+                result = compare_small(value, expected, exact.values[theirs], more, moved)
         if result.ratio > 1:
             found.append(_wrong(name, result, whose, ours, at))
     missing = [n for n in plain.values if n not in plain.outputs and n not in ours.values]

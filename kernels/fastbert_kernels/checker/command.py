@@ -33,28 +33,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.init:
         print((Path(__file__).parent / "template.py").read_text(encoding="utf-8"), end="")
         return 0
-    path = list(sys.path)
+    path, file = list(sys.path), Path(options.check or "")
     try:
         if options.check is None:
             raise InputError("name a file to check, or print a template with --init")
         _interpret()
         if options.compile:
-            from fastbert_kernels.checker.compiled import add_compiled, architectures
+            from fastbert_kernels.checker.compiled import architectures
 
             architectures(options.compile)
         # What the file and its kernels print must not get into the JSON object.
         with contextlib.redirect_stdout(sys.stderr if options.json else sys.stdout):
-            checked = load(Path(options.check), options.shapes, options.dtypes)
+            checked = load(file, options.shapes, options.dtypes)
             from fastbert_kernels.checker.cases import carry_out
 
             report = carry_out(checked)
             if options.compile:
-                add_compiled(report, Path(options.check), options.compile, checked)
+                from fastbert_kernels.checker.compiled import add_compiled
+
+                add_compiled(report, file, options.compile, checked)
     except (InputError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as error:
-        line = _line(error, Path(options.check))
+        line = _line(error, file)
         place = f" at {options.check}:{line}" if line else ""
         print(f"interrupted{place}", file=sys.stderr)
         return 130

@@ -89,15 +89,17 @@ def copy(inputs: Mapping[str, Any], dtype: torch.dtype | None = None) -> dict[st
     return {name: copied(value) for name, value in inputs.items()}
 
 
-def by_a_rounding(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Inputs whose floating-point numbers have each moved up or down by a rounding of fp32."""
-    generator = torch.Generator().manual_seed(SEED)
+def by_a_rounding(
+    inputs: Mapping[str, Any], dtype: torch.dtype = torch.float32, number: int = 0
+) -> dict[str, Any]:
+    """Inputs whose floating-point numbers have each moved up or down by a rounding of a dtype."""
+    generator = torch.Generator().manual_seed(SEED + number)
 
     def moved(x: Any) -> Any:
         if not (isinstance(x, Tensor) and x.is_floating_point()):
             return x
         signs = torch.randint(0, 2, x.shape, generator=generator) * 2 - 1
-        return x.double() * (1 + signs * torch.finfo(torch.float32).eps)
+        return x.double() * (1 + signs * torch.finfo(dtype).eps)
 
     return {name: moved(x) for name, x in inputs.items()}
 

@@ -110,12 +110,12 @@ class _Addresses(Builder):
         lanes = np.ones_like(index, bool) if mask is None else np.asarray(mask.data, bool)
         self.accesses.append((self.line(), argument.name, index, np.array(lanes)))
 
-    def create_masked_load(self, ptrs, mask, other, cache_modifier, eviction_policy, is_volatile):
+    def create_masked_load(self, ptrs, mask, other, *_, **__):
         self._list(ptrs, mask)
         dtype = ptrs.get_element_ty()
         return TensorHandle(np.zeros(ptrs.data.shape, np_dtype(dtype)), dtype)
 
-    def create_masked_store(self, ptrs, value, mask, cache_modifier, eviction_policy):
+    def create_masked_store(self, ptrs, value, mask, *_, **__):
         self._list(ptrs, mask)
 
     def create_atomic_rmw(self, rmwOp, ptr, val, mask, sem, scope):
@@ -125,6 +125,16 @@ class _Addresses(Builder):
     def create_atomic_cas(self, ptr, cmp, val, sem, scope):
         self._list(ptr, None)
         return TensorHandle(np.zeros(ptr.data.shape, np_dtype(val.dtype)), val.dtype.scalar)
+
+    def create_atomic_load(self, ptr, mask, sem, scope):
+        return self.create_masked_load(ptr, mask, None)
+
+    def create_atomic_store(self, ptr, val, mask, sem, scope):
+        self._list(ptr, mask)
+
+    def create_atomic_poll(self, ptr, expected, timeout_ns, sem, scope):
+        self._list(ptr, None)
+        return TensorHandle(np.ones(ptr.data.shape, bool), tl.int1)
 
     def launch_sampled(self, executor: GridExecutor, args: tuple, kwargs: dict) -> None:
         """Run a few programs of a launch."""

@@ -82,6 +82,37 @@ def _dot_into(statement: ast.stmt) -> str:
     return ""
 
 
+def dot_recurrence(kernel: KernelSource) -> Iterator[Hit]:
+    """A state that one `tl.dot` adds to and another one multiplies, in one turn of a loop.
+
+    Triton 3.6 on sm_100, and 3.6 and 3.7 on sm_103, compute it differently from run to run for some
+    tiles and numbers of warps. Source: triton-lang/triton #9871 and #10590.
+    """
+    for loop in kernel.nodes:
+        if not isinstance(loop, (ast.For, ast.While)):
+            continue
+        states = _accumulating_dots(loop.body)
+        for call in (node for node in ast.walk(loop) if language_call(node) == "dot"):
+            operands = [
+                argument_of(cast("ast.Call", call), i, n) for i, n in ((0, "input"), (1, "other"))
+            ]
+            read = {
+                node.id
+                for operand in operands
+                if operand is not None
+                for node in kernel.sources(operand)
+                if isinstance(node, ast.Name)
+            }
+            for name in sorted(read & states.keys()):
+                yield Hit(
+                    cast("ast.Call", call).lineno,
+                    NOTE,
+                    f"multiplies {name}, to which another tl.dot of the loop adds; Triton 3.6 and "
+                    "3.7 may compute this differently from run to run on Blackwell (#9871, "
+                    "#10590): compare two runs there",
+                )
+
+
 def sixteen_bit_accumulation(kernel: KernelSource) -> Iterator[Hit]:
     """A sum that is kept in 16 bits: in memory that is loaded, added to and stored, or in a loop.
 
@@ -358,6 +389,7 @@ def _is_where(node: ast.AST) -> bool:
 
 RULES: dict[str, Callable[[KernelSource], Iterator[Hit]]] = {
     "two-dots-one-accumulator": two_dots_one_accumulator,
+    "dot-recurrence": dot_recurrence,
     "sixteen-bit-accumulation": sixteen_bit_accumulation,
     "float-atomic": float_atomic,
     "sixteen-bit-difference": sixteen_bit_difference,

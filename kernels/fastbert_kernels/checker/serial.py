@@ -13,7 +13,6 @@ Source: Higham, Accuracy and Stability of Numerical Algorithms, 2002, section 4.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -65,7 +64,7 @@ def _wide(x: Tensor) -> Tensor:
 
 
 def _sum(
-    x: Tensor, dim: Sequence[int] | None = None, keepdim: bool = False, *, dtype: Any = None
+    x: Tensor, dim: list[int] | None = None, keepdim: bool = False, *, dtype: Any = None
 ) -> Tensor:
     if not x.is_floating_point():
         return torch.sum(x, dim, keepdim, dtype=dtype)
@@ -79,14 +78,14 @@ def _sum(
 
 
 def _mean(
-    x: Tensor, dim: Sequence[int] | None = None, keepdim: bool = False, *, dtype: Any = None
+    x: Tensor, dim: list[int] | None = None, keepdim: bool = False, *, dtype: Any = None
 ) -> Tensor:
     total = _sum(_wide(x), dim, keepdim)
     return (total * (total.numel() / max(x.numel(), 1))).to(dtype or x.dtype)
 
 
 def _variance(
-    x: Tensor, dim: Sequence[int] | None = None, *, correction: Any = 1, keepdim: bool = False
+    x: Tensor, dim: list[int] | None = None, *, correction: Any = 1, keepdim: bool = False
 ) -> Tensor:
     centered = _wide(x) - _mean(_wide(x), dim, True)
     total = _sum(centered * centered, dim, keepdim)
@@ -95,7 +94,7 @@ def _variance(
 
 
 def _variance_and_mean(
-    x: Tensor, dim: Sequence[int] | None = None, *, correction: Any = 1, keepdim: bool = False
+    x: Tensor, dim: list[int] | None = None, *, correction: Any = 1, keepdim: bool = False
 ) -> tuple[Tensor, Tensor]:
     return _variance(x, dim, correction=correction, keepdim=keepdim), _mean(x, dim, keepdim)
 
