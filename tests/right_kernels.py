@@ -1,7 +1,8 @@
 """Right kernels of the usual kinds, Triton's tutorials among them, written anew.
 
 The checker must find nothing in those of `RIGHT`. Those of `ROUNDING` add in an order that depends
-on the order of the programs, as the tutorial's LayerNorm does, which is a note and no fault.
+on the order of the programs, as the tutorial's LayerNorm does, which is a note and no fault. The
+programs of `WAITING` wait for those before them, which is a note, too.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from fastbert_kernels.checker.cases import Check
 
 RIGHT: dict[str, Check] = {}
 ROUNDING: dict[str, Check] = {}
+WAITING: dict[str, Check] = {}
 
 
 def normal(*names: str) -> Any:
@@ -757,4 +759,186 @@ RIGHT["exponential by powers of two"] = Check(
     torch.exp,
     lambda dtype, n: {"x": torch.linspace(-60, 20, n).to(dtype)},
     [{"n": 200}],
+)
+
+# ---- other styles
+
+
+@triton.jit
+def column_sums_kernel(x_ptr, y_ptr, rows, N, BLOCK: tl.constexpr):
+    """One row after the other, so that rounding errors are larger than torch's."""
+    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    acc = tl.zeros((BLOCK,), tl.float32)
+    for row in range(rows):
+        place = tl.cast(row, tl.int64) * N + column
+        acc += tl.load(x_ptr + place, mask=column < N, other=0.0).to(tl.float32)
+    tl.store(y_ptr + column, acc, mask=column < N)
+
+
+def column_sums(x):
+    y = x.new_empty(x.shape[1])
+    column_sums_kernel[(triton.cdiv(x.shape[1], 32),)](x, y, *x.shape, BLOCK=32)
+    return y
+
+
+RIGHT["sums of many rows"] = Check(
+    column_sums, lambda x: x.sum(0), normal("x"), [{"rows": 500, "columns": 50}]
+)
+
+
+@triton.jit
+def normed_kernel(x_ptr, mean_ptr, y_ptr, N, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    mask = column < N
+    x = tl.load(x_ptr + row * N + column, mask=mask).to(tl.float32)
+    mean = tl.load(mean_ptr + row).to(tl.float32)
+    tl.store(y_ptr + row * N + column, x - mean, mask=mask)
+
+
+def centered(x, mean):
+    y = torch.empty_like(x)
+    normed_kernel[(len(x),)](x, mean, y, x.shape[1], BLOCK=64)
+    return y
+
+
+def with_means(dtype, rows, columns):
+    x = torch.randn(rows, columns).to(dtype)
+    return {"x": x, "mean": x.double().mean(1).float()}
+
+
+RIGHT["a statistic that the reference does not read"] = Check(
+    centered,
+    lambda x, mean: x - x.mean(1, keepdim=True),
+    with_means,
+    [{"rows": 5, "columns": 50}],
+)
+
+
+@triton.jit
+def tiles_kernel(x_ptr, y_ptr, counter_ptr, n, tiles, BLOCK: tl.constexpr):
+    tile = tl.atomic_add(counter_ptr, 1)
+    while tile < tiles:
+        i = tile.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        tl.store(y_ptr + i, tl.load(x_ptr + i, mask=i < n) * 3, mask=i < n)
+        tile = tl.atomic_add(counter_ptr, 1)
+
+
+def by_tiles(x):
+    y, tiles = torch.empty_like(x), triton.cdiv(x.numel(), 16)
+    counter = torch.zeros(1, dtype=torch.int32)
+    tiles_kernel[(3,)](x, y, counter, x.numel(), tiles, BLOCK=16)
+    return y
+
+
+RIGHT["tiles from a counter"] = Check(by_tiles, lambda x: 3 * x, normal("x"), [{"n": 100}])
+
+
+@triton.jit
+def recur(a, b, next_a, next_b):
+    return a * next_a, b * next_a + next_b
+
+
+@triton.jit
+def recurrence_kernel(a_ptr, b_ptr, y_ptr, N: tl.constexpr):
+    place = tl.program_id(0).to(tl.int64) * N + tl.arange(0, N)
+    a, b = tl.load(a_ptr + place).to(tl.float32), tl.load(b_ptr + place).to(tl.float32)
+    _, y = tl.associative_scan((a, b), 0, recur)
+    tl.store(y_ptr + place, y)
+
+
+def recurrence(a, b):
+    y = torch.empty_like(b)
+    recurrence_kernel[(len(a),)](a, b, y, N=a.shape[1])
+    return y
+
+
+def recurred(a, b):
+    y = [b[:, 0]]
+    for t in range(1, a.shape[1]):
+        y.append(a[:, t] * y[-1] + b[:, t])
+    return torch.stack(y, 1)
+
+
+RIGHT["associative scan"] = Check(
+    recurrence,
+    recurred,
+    lambda dtype, rows, N: {
+        "a": torch.rand(rows, N).to(dtype),
+        "b": torch.randn(rows, N).to(dtype),
+    },
+    [{"rows": 3, "N": 32}],
+)
+
+
+@triton.jit
+def made_descriptor_kernel(x_ptr, y_ptr, M, N, BLOCK: tl.constexpr):
+    x = tl.make_tensor_descriptor(x_ptr, [M, N], [N, 1], [BLOCK, BLOCK])
+    y = tl.make_tensor_descriptor(y_ptr, [M, N], [N, 1], [BLOCK, BLOCK])
+    row = tl.program_id(0) * BLOCK
+    for column in range(0, N, BLOCK):
+        y.store([row, column], x.load([row, column]) * 2)
+
+
+def by_made_descriptors(x):
+    y = torch.empty_like(x)
+    made_descriptor_kernel[(triton.cdiv(len(x), 16),)](x, y, *x.shape, BLOCK=16)
+    return y
+
+
+RIGHT["descriptors made in the kernel"] = Check(
+    by_made_descriptors, lambda x: 2 * x, normal("x"), [{"rows": 20, "columns": 40}]
+)
+
+# ---- programs that wait for those before them
+
+
+@triton.jit
+def in_turn_kernel(x_ptr, y_ptr, turn_ptr, n, BLOCK: tl.constexpr):
+    program = tl.program_id(0)
+    i = program * BLOCK + tl.arange(0, BLOCK)
+    total = tl.sum(tl.load(x_ptr + i, mask=i < n, other=0.0).to(tl.float32), 0)
+    while tl.atomic_cas(turn_ptr, program, program) != program:
+        pass
+    tl.store(y_ptr, tl.load(y_ptr) + total)
+    tl.atomic_xchg(turn_ptr, program + 1)
+
+
+def in_turn(x):
+    y, turn = torch.zeros(1), torch.zeros(1, dtype=torch.int32)
+    in_turn_kernel[(triton.cdiv(x.numel(), 16),)](x, y, turn, x.numel(), BLOCK=16)
+    return y.to(x.dtype)
+
+
+WAITING["a sum in turn"] = Check(in_turn, lambda x: x.sum().reshape(1), normal("x"), [{"n": 100}])
+
+
+@triton.jit
+def chained_kernel(x_ptr, y_ptr, done_ptr, sum_ptr, n, BLOCK: tl.constexpr):
+    program = tl.program_id(0)
+    i = program * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + i, mask=i < n, other=0)
+    before = 0
+    if program > 0:
+        while tl.atomic_add(done_ptr + program - 1, 0, sem="acquire") == 0:
+            pass
+        before = tl.load(sum_ptr + program - 1)
+    tl.store(sum_ptr + program, before + tl.sum(x, 0))
+    tl.atomic_xchg(done_ptr + program, 1, sem="release")
+    tl.store(y_ptr + i, before + tl.cumsum(x, 0), mask=i < n)
+
+
+def chained(x):
+    y, programs = torch.empty_like(x), triton.cdiv(x.numel(), 16)
+    done, sums = torch.zeros(programs, dtype=torch.int32), x.new_empty(programs)
+    chained_kernel[(programs,)](x, y, done, sums, x.numel(), BLOCK=16)
+    return y
+
+
+WAITING["a scan from program to program"] = Check(
+    chained,
+    lambda x: x.cumsum(0, dtype=torch.int32),
+    lambda dtype, n: {"x": torch.randint(9, (n,), dtype=torch.int32)},
+    [{"n": 100}],
+    dtypes=["fp32"],
 )

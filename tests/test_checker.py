@@ -10,6 +10,7 @@ import re
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -28,9 +29,12 @@ from fastbert_kernels.checker.bounds import compare, compare_small, relative_err
 from fastbert_kernels.checker.cases import Check, carry_out, check
 from fastbert_kernels.checker.clocks import Clocks
 from fastbert_kernels.checker.command import main
+from fastbert_kernels.checker.execute import NO_BACKWARD, launch_both_ways
 from fastbert_kernels.checker.lint import NAMES, lint_source
-from fastbert_kernels.checker.report import Finding
+from fastbert_kernels.checker.report import Finding, count
+from fastbert_kernels.checker.serial import Serial
 from fastbert_kernels.checker.shrink import shrink
+from fastbert_kernels.checker.signs import one_sided, unread
 from tests.wrong_kernels import WRONG
 
 ROOT = Path(__file__).parents[1]
@@ -91,11 +95,11 @@ def test_the_command_interprets_finds_and_prints_json(tmp_path):
 BAD_INPUT = {
     "no file": (["missing.py"], "missing.py is not a file; --init prints one to start from"),
     "no name": (["empty.py"], "empty.py has no kernel; --init prints a file with all"),
-    "fails": (["broken.py"], "broken.py fails: ZeroDivisionError: division by zero"),
+    "fails": (["broken.py"], "broken.py fails in line 1: ZeroDivisionError: division by zero"),
     "size": (["good.py", "--shapes", "n=many"], "--shapes n=many: 'n=many' is not a size such as"),
     "dtype": (["good.py", "--dtypes", "fp8"], "dtype = 'fp8'; known are fp32, bf16, fp16"),
     "no dtype": (["good.py", "--dtypes", ","], "good: dtypes is empty; give one at least"),
-    "exits": (["exits.py"], "exits.py fails: SystemExit: 3"),
+    "exits": (["exits.py"], ": SystemExit: 3"),
     "other size": (["good.py", "--shapes", "rows=3"], "inputs fails at {'rows': 3}: TypeError"),
     "shape": (["shape.py"], "shape: 'n' in shapes; expected a dict of sizes, such as"),
     "large": (["large.py"], "large: 2147483648 in large; expected a dict of sizes, such as"),
@@ -104,6 +108,12 @@ BAD_INPUT = {
     "gradient": (["gradient.py"], "gradients has 'z', which is no floating-point input; there"),
     "jit": (["jit.py"], "kernel is a @triton.jit function; give the function that launches it"),
     "text": (["text.py"], "text: reference = 'add'; expected a function"),
+    "one dtype": (["one_dtype.py"], "one_dtype: dtypes = 'fp32'; expected a list"),
+    "number": (["number.py"], "number: shapes = 5; expected a list"),
+    "ideal": (["ideal.py"], "least_bytes fails at {'n': 1}: TypeError: least_bytes()"),
+    "reference": (["three.py"], "the reference fails at {'n': 1}, fp32: TypeError: returned int"),
+    "architecture": (["good.py", "--compile", "sm_1"], "--compile: unknown architecture 'sm_1'"),
+    "no architecture": (["good.py", "--compile", ","], "--compile: unknown architecture ','"),
     "nothing": ([], "name a file to check, or print a template with --init"),
 }
 
@@ -117,6 +127,10 @@ APPENDED = {  # to the template
     "gradient": 'gradients = ["x", "z"]',
     "jit": "kernel = add_kernel",
     "text": 'reference = "add"',
+    "one_dtype": 'dtypes = "fp32"',
+    "number": "shapes = 5",
+    "ideal": "def least_bytes(n): return n",
+    "three": "reference = lambda x, y: 3",
 }
 
 
@@ -192,7 +206,7 @@ def test_kernels_are_compiled_for_gpus_that_are_not_there(tmp_path, capsys):
     assert "narrowest load of x_ptr 32 bits, y_ptr 32 bits" in done.stdout
     assert "gfx942: add_kernel, fp32: " in done.stdout
     done = python(*command, "sm_1", cwd=tmp_path)
-    assert done.returncode == 2 and "unknown architecture sm_1; known are sm_80" in done.stderr
+    assert done.returncode == 2 and "unknown architecture 'sm_1'; known are sm_80" in done.stderr
 
 
 # ---- the plugin
@@ -258,7 +272,7 @@ def test_a_report_has_bytes_against_the_ideal():
         )
     )
     assert not report.faults
-    assert "1 launches, 320 bytes, 1.00 times the least" in str(report)
+    assert "1 launch, 320 bytes, 1.00 times the least" in str(report)
 
 
 def test_shrinking_goes_on_as_long_as_the_finding_shows():
@@ -272,6 +286,61 @@ def test_shrinking_goes_on_as_long_as_the_finding_shows():
     assert smallest is not None
     assert examine(smallest) and (smallest["a"], smallest["b"]) == (3, 1)
     assert sum(smallest["c"]) == 10
+
+
+def test_numbers_agree_with_their_nouns():
+    assert [count(n, "byte") for n in (0, 1, 1200)] == ["0 bytes", "1 byte", "1,200 bytes"]
+    shapes = [{"n": 40}]
+    report = str(carry_out(replace(WRONG["write past the end"].check, shapes=shapes)))
+    assert "stores 8 elements past the end: the tensor spans 40 elements" in report
+    assert "; 1 launch, 320 bytes" in report and report.endswith(": 1 fault, 1 note, 1 case")
+
+
+# ---- the backward pass, where launches are only listed
+
+
+class Squared(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    def backward(ctx, dy):
+        called.append(dy.shape)
+        return 2 * ctx.saved_tensors[0] * dy
+
+
+called: list[torch.Size] = []
+
+
+@pytest.mark.parametrize(
+    "wrap", [lambda y: y, lambda y: {"y": y}, lambda y: (None, y), lambda y: [y]]
+)
+def test_both_ways_are_launched_whatever_holds_the_outputs(wrap):
+    called.clear()
+    assert launch_both_ways(lambda x: wrap(Squared.apply(x)), {"x": torch.ones(3)}, None)
+    assert called == [torch.Size([3])]
+    assert not launch_both_ways(lambda x: wrap(x.detach()), {"x": torch.ones(3)}, None)
+    assert launch_both_ways(wrap, {"x": torch.arange(3)}, None)  # there is none
+
+
+def test_a_backward_pass_that_does_not_run_at_a_large_size_is_said():
+    wrong = WRONG["index of 32 bits"].check
+    report = carry_out(wrong)
+    assert f"32-bit offsets at n={2**31 + 64}: {NO_BACKWARD}" in report.remarks
+
+    def stops(x):
+        if x.numel() > 32:
+            wrong.kernel(x)
+            raise KeyError("no such size")
+        return wrong.kernel(x)
+
+    report = carry_out(replace(wrong, kernel=stops))
+    assert (
+        f"32-bit offsets at n={2**31 + 64}: stopped by KeyError: 'no such size'" in report.remarks
+    )
+    assert "32-bit overflow" in {finding.kind for finding in report.faults}
 
 
 # ---- the bound
@@ -310,6 +379,65 @@ def test_a_small_element_is_measured_by_torchs_errors_in_small_ones():
     assert result.index == (5,) and result.ratio == 2.0**-20 / (3 * 2.0**-43)
     cancelled = [(exact, exact + 2.0**-13)]  # torch's errors do not shrink with the element
     assert compare_small(exact + 2.0**-13, exact.float(), exact, cancelled).ratio < 1
+
+
+def test_an_element_may_change_as_much_as_a_rounding_of_the_inputs_changes_it():
+    exact = torch.full((100,), 2.0**-10, dtype=torch.float64)
+    ours = exact + torch.where(torch.arange(100) == 3, 2.0**-13, 0.0)  # its terms cancel
+    plain = [(exact, exact + 2.0**-20)]
+    assert compare_small(ours, exact.float(), exact, plain).ratio > 1
+    moved = exact + torch.where(torch.arange(100) == 3, 2.0**-14, 0.0)
+    allowed = 2 * (2.0**-20 + 2.0**-14) + 2.0**-23 * 2.0**-10
+    result = compare_small(ours, exact.float(), exact, plain, [exact, moved])
+    assert (result.index, result.allowed) == ((3,), allowed) and result.ratio == 2.0**-13 / allowed
+    assert compare_small(ours.roll(1), exact.float(), exact, plain, [moved]).ratio > 1
+
+
+def test_serial_sums_add_term_after_term():
+    generator = torch.Generator().manual_seed(0)
+    x, w = torch.randn(300, 20, generator=generator), torch.randn(20, 7, generator=generator)
+    total, products = np.zeros(20, np.float32), np.zeros((300, 7), np.float32)
+    for row in x.numpy():
+        total = total + row
+    for k in range(20):
+        products = products + x.numpy()[:, k : k + 1] * w.numpy()[k]
+    with Serial():
+        assert np.array_equal(x.sum(0).numpy(), total)
+        assert np.array_equal((x @ w).numpy(), products)
+        assert torch.equal(x.bfloat16().sum(), x.bfloat16().float().sum().bfloat16())
+        assert x.sum((0, 1), keepdim=True).shape == (1, 1) and torch.arange(4).sum() == 6
+
+
+def test_serial_sums_reach_inside_of_what_torch_fuses():
+    def results():
+        x = torch.linspace(-2, 3, 60, dtype=torch.float64).view(4, 15).requires_grad_()
+        h = torch.nn.functional.layer_norm(x, (15,)).softmax(-1) + x.var(-1, keepdim=True)
+        loss = torch.nn.functional.cross_entropy(h, torch.arange(4)) + x.mean()
+        return loss.detach(), *torch.autograd.grad(loss, [x])
+
+    plain = results()
+    with Serial():
+        serial = results()
+    for a, b in zip(plain, serial, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_inputs_are_moved_to_one_side_of_zero_in_their_order():
+    given = {"a": torch.tensor([3.0, -1.0, 0.5]), "b": torch.ones(2), "c": -torch.arange(-1.0, 2.0)}
+    (first, negative), (second, mixed) = one_sided(given)
+    assert first == "where all of a is negative and of c is negative"
+    assert second == "where all of a is positive and of c is negative"
+    assert negative["a"].tolist() == [-4.0, -8.0, -6.5]
+    assert mixed["a"].tolist() == [8.0, 4.0, 5.5]
+    assert mixed["c"].tolist() == negative["c"].tolist() == [-2.0, -3.0, -4.0]
+    assert torch.equal(mixed["b"], given["b"])
+    assert not list(one_sided({"b": given["b"], "n": 3}))
+
+
+def test_inputs_that_a_reference_does_not_read_are_named():
+    given = {"x": torch.randn(4), "mean": torch.randn(1), "n": torch.arange(3)}
+    assert unread(lambda x, mean, n: x - x.mean(), given) == ["mean"]
+    assert unread(lambda x, mean, n: x - mean, given) == []
 
 
 def test_fp8_is_rounded_to_nearest_even_and_saturates():

@@ -14,7 +14,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 
 from fastbert_kernels.checker.cases import carry_out
 from tests import wrong_kernels
-from tests.right_kernels import RIGHT, ROUNDING
+from tests.right_kernels import RIGHT, ROUNDING, WAITING
 from tests.wrong_kernels import WRONG
 
 SLOW = {  # each takes a second or two, and others are of the same kind
@@ -73,6 +73,7 @@ def test_there_are_forty_wrong_kernels_of_all_kinds():
         "deadlock",
         "exception",
         "changed input",
+        "large values",
     }
 
 
@@ -89,6 +90,13 @@ def test_sums_in_the_order_of_the_programs_are_a_note(name):
     report = carry_out(ROUNDING[name])
     assert not report.faults, str(report)
     assert {finding.kind for finding in report.notes} == {"order of programs"}
+
+
+@pytest.mark.parametrize("name", WAITING)
+def test_programs_that_wait_for_those_before_them_are_a_note(name):
+    report = carry_out(WAITING[name])
+    assert not report.faults, str(report)
+    assert {finding.kind for finding in report.notes} == {"deadlock"}
 
 
 def test_there_are_twenty_right_kernels():

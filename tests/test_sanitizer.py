@@ -75,7 +75,7 @@ OUTSIDE = {
         (101, 100, 0),
         [
             "program (3, 0, 0): x_ptr[100] out of bounds: "
-            "loads 1 elements past the end: the tensor spans 100"
+            "loads 1 element past the end: the tensor spans 100 elements"
         ],
     ),
     "before the start": (
@@ -128,7 +128,9 @@ def test_an_empty_tensor_and_lanes_masked_off():
     for nothing in (torch.ones(1).expand(0), torch.empty(4, 0), torch.empty(0)):
         assert not launch(copy_kernel, (1,), nothing, nothing, 0, 0, 0, 0, BLOCK=16)
     (fault,) = launch(copy_kernel, (1,), nothing, nothing, 0, 1, 0, 0, BLOCK=16)
-    assert "x_ptr[0] out of bounds: loads 1 elements past the end: the tensor spans 0" in fault
+    assert (
+        "x_ptr[0] out of bounds: loads 1 element past the end: the tensor spans 0 elements" in fault
+    )
 
 
 @triton.jit
@@ -628,9 +630,9 @@ def claims_kernel(x_ptr, n, BLOCK: tl.constexpr):
 
 
 CLAIMS = {
-    24: "device_assert[] fails: n is too large",
-    8: "assume[] does not hold",
-    12: "multiple_of[] 8 does not hold for 12",
+    24: "device_assert fails: n is too large",
+    8: "assume does not hold",
+    12: "multiple_of 8 does not hold for 12",
 }
 
 

@@ -762,3 +762,229 @@ add(
     inputs=lambda dtype, rows, columns: {"x": torch.randint(0, 3, (rows, columns)).to(dtype)},
     shapes=[{"rows": 90, "columns": 9}],
 )
+
+# ---- what inputs of the usual kind do not show
+
+
+@triton.jit
+def largest_kernel(x_ptr, y_ptr, N, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + row * N + column, mask=column < N, other=0.0)
+    tl.store(y_ptr + row, tl.max(x, 0))
+
+
+def largest(x):
+    y = x.new_empty(len(x))
+    largest_kernel[(len(x),)](x, y, x.shape[1], BLOCK=64)
+    return y
+
+
+add(
+    "maximum with zeros",
+    "wrong result",
+    largest_kernel,
+    largest,
+    "result",
+    reference=lambda x: x.amax(-1),
+    shapes=[{"rows": 5, "columns": 50}],
+)
+add(
+    "no maximum, usual inputs",
+    "large values",
+    softmax_kernel,
+    softmax("no maximum"),
+    "result",
+    reference=lambda x: torch.softmax(x, -1),
+    shapes=[{"rows": 3, "columns": 50}],
+    dtypes=["fp16"],
+)
+
+# ---- what has gone wrong in the field
+
+
+@triton.jit
+def parts_kernel(a_ptr, b_ptr, bias_ptr, y_ptr, K, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    k = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    a = tl.load(a_ptr + row * K + k, mask=k < K, other=0.0).to(tl.float32)
+    b = tl.load(b_ptr + row * K + k, mask=k < K, other=0.0).to(tl.float32)
+    tl.atomic_add(y_ptr + row, tl.sum(a * b, 0) + tl.load(bias_ptr + row).to(tl.float32))
+
+
+def by_parts(a, b, bias):
+    (rows, K), y = a.shape, torch.zeros(len(a))
+    parts_kernel[(rows, triton.cdiv(K, 32))](a, b, bias, y, K, BLOCK=32)
+    return y
+
+
+add(  # apple/ml-cross-entropy #52
+    "bias in each part of a sum",
+    "wrong result",
+    parts_kernel,
+    by_parts,
+    "result",
+    reference=lambda a, b, bias: (a * b).sum(-1) + bias,
+    inputs=lambda dtype, rows, K: (
+        normal("a", "b")(dtype, r=rows, k=K) | normal("bias")(dtype, r=rows)
+    ),
+    shapes=[{"rows": 3, "K": 50}],
+)
+
+
+@triton.jit
+def atomic_rows_kernel(x_ptr, y_ptr, N, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + row * N + column, mask=column < N)
+    tl.atomic_add(y_ptr + column, x, mask=column < N)
+
+
+def atomic_rows(x, deterministic=True):  # which nobody reads: Dao-AILab/flash-attention #746
+    y = x.new_zeros(x.shape[1])
+    atomic_rows_kernel[(len(x),)](x, y, x.shape[1], BLOCK=32)
+    return y
+
+
+add(
+    "promise of an order that is not kept",
+    "order of programs",
+    atomic_rows_kernel,
+    atomic_rows,
+    "result",
+    reference=lambda x: x.sum(0),
+    shapes=[{"rows": 20, "columns": 20}],
+)
+add(
+    "atomic additions in 16 bits",
+    "lint sixteen-bit-accumulation",
+    atomic_rows_kernel,
+    atomic_rows,
+    reference=lambda x: x.sum(0),
+    shapes=[{"rows": 9, "columns": 20}],
+    dtypes=["bf16"],
+)
+
+
+@triton.jit
+def in_turn_kernel(x_ptr, y_ptr, turn_ptr, n, BLOCK: tl.constexpr):
+    program = tl.program_id(0)
+    i = program * BLOCK + tl.arange(0, BLOCK)
+    total = tl.sum(tl.load(x_ptr + i, mask=i < n, other=0.0).to(tl.float32), 0)
+    while tl.atomic_add(turn_ptr, 0, sem="relaxed") != program:
+        pass
+    tl.store(y_ptr, tl.load(y_ptr) + total)
+    tl.atomic_add(turn_ptr, 1, sem="relaxed")
+
+
+def in_turn(x):
+    y, turn = torch.zeros(1), torch.zeros(1, dtype=torch.int32)
+    in_turn_kernel[(triton.cdiv(x.numel(), 16),)](x, y, turn, x.numel(), BLOCK=16)
+    return y
+
+
+add(  # the kind that Dao-AILab/flash-attention #2244 supposes
+    "turns that order nothing",
+    "race",
+    in_turn_kernel,
+    in_turn,
+    "y_ptr",
+    reference=lambda x: x.sum().reshape(1),
+)
+
+
+def chunks(x, w, rows=8):
+    """Logits by chunks of rows; their squares' gradient is summed in the dtype of w."""
+
+    class Chunked(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, w):
+            zero, dw = w.new_zeros(len(w)), torch.zeros_like(w)
+            total = torch.zeros(())
+            for part in x.split(rows):
+                logits = w.new_empty(len(part), len(w))
+                for first in range(0, len(part), 16):
+                    block = part[first : first + 16]
+                    padded = torch.cat([block, block.new_zeros(16 - len(block), x.shape[1])])
+                    out = w.new_empty(16, len(w))
+                    product_kernel[(1,)](
+                        *(padded, w.t().contiguous(), zero, out, x.shape[1], len(w)),
+                        FAULT="",
+                        BLOCK=16,
+                    )
+                    logits[first : first + 16] = out[: len(block)]
+                total += (logits.float() ** 2).sum() / 2
+                dw += logits.t() @ part
+            ctx.save_for_backward(dw)
+            return total
+
+        @staticmethod
+        def backward(ctx, dy):
+            return None, ctx.saved_tensors[0] * dy.to(w.dtype)
+
+    return Chunked.apply(x, w)
+
+
+def squares(x, w):
+    logits = x @ w.t()
+    wide = logits if logits.dtype == torch.float64 else logits.float()
+    return (wide**2).sum() / 2
+
+
+add(  # linkedin/Liger-Kernel #512
+    "gradient summed in 16 bits by torch",
+    "wrong result",
+    product_kernel,
+    chunks,
+    "dw",
+    reference=squares,
+    inputs=lambda dtype, T, K, N: {
+        "x": (1 + torch.randn(T, K)).to(dtype),
+        "w": torch.rand(N, K).to(dtype),
+    },
+    shapes=[{"T": 512, "K": 16, "N": 16}],
+    dtypes=["bf16"],
+    gradients=["w"],
+)
+
+
+@torch.library.triton_op("wrong_kernels::far_by_triton_op", mutates_args=())
+def by_triton_op(x: torch.Tensor) -> torch.Tensor:
+    y = torch.empty_like(x)
+    kernel = torch.library.wrap_triton(far_kernel)
+    kernel[(x.numel() // 16,)](x, y, 16, x.numel(), FAULT="index of 32 bits", BLOCK=16)
+    return y
+
+
+@triton.jit
+def far_backward_kernel(dy_ptr, dx_ptr, n, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(dx_ptr + i, tl.load(dy_ptr + i, mask=i < n, other=0.0), mask=i < n)
+
+
+@torch.library.triton_op("wrong_kernels::far_backward_by_triton_op", mutates_args=())
+def backward_by_triton_op(dy: torch.Tensor) -> torch.Tensor:
+    dx = torch.empty_like(dy)
+    torch.library.wrap_triton(far_backward_kernel)[(dy.numel() // 16,)](
+        dy.contiguous(), dx, dy.numel(), BLOCK=16
+    )
+    return dx
+
+
+by_triton_op.register_autograd(
+    lambda ctx, dy: backward_by_triton_op(dy.contiguous()),
+    setup_context=lambda ctx, inputs, output: None,
+)
+for name, kernel in (
+    ("index of 32 bits in a triton_op", far_kernel),
+    ("index of 32 bits in the backward pass of a dict", far_backward_kernel),
+):
+    add(
+        name,
+        "32-bit overflow",
+        kernel,
+        lambda x: {"y": by_triton_op(x)},
+        reference=lambda x: x.clone(),
+        shapes=[{"n": 32}],
+        large=[{"n": 2**31 + 64}],
+    )

@@ -56,6 +56,8 @@ class GpuArithmetic(InterpreterBuilder):
         if source.is_fp8() and target.is_bf16():  # bf16 can hold every fp8 value
             wide = super().create_fp_to_fp(src, tl.float32, rounding_mode)
             return TensorHandle(wide.data, tl.bfloat16)
+        if nearest and (source.is_bf16() or target.is_bf16()):
+            return self.cast_impl(src, target)
         if source.is_bf16() or target.is_bf16():
             raise NotImplementedError("sanitize: bf16 that is rounded towards zero")
         return super().create_fp_to_fp(src, dst_type, rounding_mode)

@@ -16,10 +16,12 @@ for every element, where the maxima go over one output or gradient.
 - `eps max|exact|` is the rounding of the stored result (half a unit in the last place of the
   largest value) and one more, since plain torch may be exact where a kernel rounds once.
 
-Where this is exceeded, two more things may raise `max|plain - exact|`, as relative errors:
+Where this is exceeded, three more things may raise `max|plain - exact|`, as relative errors:
 
 - The change of `exact` when each input moves by one rounding of fp32. A kernel is as good as that
   if it computes `exp(x)` as `exp2(x log2(e))`, as a GPU does; torch's own `exp` is better.
+- The errors of torch where every sum is taken one term after the other, in fp32 (`serial.py`). A
+  kernel may add in any order; torch adds in pairs, which is better.
 - The largest error of few elements is often small by chance: torch may hit a scalar exactly. So an
   output of fewer than FEW elements is judged by the largest error over DRAWS more draws.
 
@@ -27,7 +29,10 @@ An element that is small beside the largest one has a bound of its own, since th
 exceed it many times. Instead of the largest error of all elements, this takes the largest among
 those that are no larger than it, or among the FEW smallest ones: where a sum cancels, torch's own
 errors in small elements are as large as in others, and else they shrink with the element. If that
-is exceeded, the other draws add to the sample, and so do the moved inputs.
+is exceeded, the other draws add to the sample, and so do the moved inputs and the serial sums.
+The size of an element does not tell that of the terms that it is the sum of: a row of a gradient
+may cancel beside rows that are tiny. So to torch's error is added the largest change of the very
+element when each input moves by one rounding of the dtype, in DRAWS ways.
 
 Where `exact` is zero everywhere (the gradient of a softmax over one column), the result is a
 difference of equal terms. These are as large as the other outputs, whose largest value then stands
@@ -112,7 +117,11 @@ def relative_error(plain: Tensor, exact: Tensor) -> float:
 
 
 def compare_small(
-    ours: Tensor, plain: Tensor, exact: Tensor, samples: Sequence[tuple[Tensor, Tensor]]
+    ours: Tensor,
+    plain: Tensor,
+    exact: Tensor,
+    samples: Sequence[tuple[Tensor, Tensor]],
+    moved: Sequence[Tensor] = (),
 ) -> Comparison:
     """Compare each element with torch's errors in elements that are no larger.
 
@@ -121,6 +130,7 @@ def compare_small(
         plain: the reference's, in the dtype of the inputs, of the shape of `ours`.
         exact: the reference's in fp64.
         samples: exact results, and other results of the reference for the same inputs.
+        moved: exact results for these inputs, moved by a rounding.
 
     Elements whose exact value is zero are left out.
     """
@@ -142,8 +152,11 @@ def compare_small(
         return Comparison(0.0, (), 0.0, 0.0, 0.0)
     largest = torch.cat(errors)[order].cummax(0).values
     place = torch.searchsorted(size, truth.abs().contiguous(), right=True) - 1
-    allowed = 2 * largest[place.clamp(min(FEW, len(size)) - 1, len(size) - 1)]
-    allowed = allowed + eps * truth.abs().clamp(min=least)
+    of_torch = largest[place.clamp(min(FEW, len(size)) - 1, len(size) - 1)]
+    change = torch.zeros_like(truth)
+    for other in moved:
+        change = change.fmax((other.double() - truth).abs())
+    allowed = 2 * (of_torch + change.nan_to_num(0, 0)) + eps * truth.abs().clamp(min=least)
     error = (ours - truth).abs()
     error[~(plain.double().isfinite() & truth.isfinite()) | (truth == 0)] = 0.0
     ratio = error / allowed

@@ -34,6 +34,7 @@ from fastbert_kernels.checker.arithmetic import (
 from fastbert_kernels.checker.clocks import Clocks
 from fastbert_kernels.checker.memory import Argument, Shadow
 from fastbert_kernels.checker.record import Fault, Launch, Record, Traffic
+from fastbert_kernels.checker.report import count
 
 VERBS = {"load": "loads", "store": "stores", "atomic": "atomically updates"}
 PAST = {"load": "loaded", "store": "stored", "atomic": "atomically updated"}
@@ -251,7 +252,7 @@ class Builder(GpuArithmetic):
                 argument.name,
                 "race",
                 where - argument.origin,
-                f"race: {VERBS[action]} what {whom} {PAST[rival]}",
+                f"{VERBS[action]} what {whom} {PAST[rival]}",
                 f"{action} {rival}",
             )
         self._count_loads(argument, action, index)
@@ -291,7 +292,8 @@ class Builder(GpuArithmetic):
                     argument.name,
                     "uninitialised read",
                     place[missing] - argument.origin,
-                    f"{VERBS[action]} {int(missing.sum())} elements that nobody has written",
+                    f"{VERBS[action]} {count(int(missing.sum()), 'element')} "
+                    "that nobody has written",
                 )
         if action != "load":
             written[place] = True
@@ -300,7 +302,7 @@ class Builder(GpuArithmetic):
         if offsets[0] < 0:
             where = "before the start"
         elif offsets[-1] >= argument.span:
-            where = f"past the end: the tensor spans {argument.span} elements"
+            where = f"past the end: the tensor spans {count(argument.span, 'element')}"
         else:
             where = (
                 f"between those of the view, of shape {argument.shape} "
@@ -310,11 +312,12 @@ class Builder(GpuArithmetic):
             argument.name,
             "out of bounds",
             offsets,
-            f"out of bounds: {VERBS[action]} {len(offsets)} elements {where}",
+            f"{VERBS[action]} {count(len(offsets), 'element')} {where}",
             action + where,
         )
 
-    def create_masked_load(self, ptrs, mask, other, cache_modifier, eviction_policy, is_volatile):
+    # Versions of Triton pass other policies of caches, which change no result.
+    def create_masked_load(self, ptrs, mask, other, *_, **__):
         dtype, shape = ptrs.get_element_ty(), ptrs.data.shape
         argument, index, lanes = self._touch(ptrs, mask, "load")
         values = decode(argument.memory.take(index), dtype)
@@ -339,7 +342,7 @@ class Builder(GpuArithmetic):
         info = np.iinfo(np_dtype(dtype))
         return info.min if undefined == "smallest" else info.max
 
-    def create_masked_store(self, ptrs, value, mask, cache_modifier, eviction_policy):
+    def create_masked_store(self, ptrs, value, mask, *_, **__):
         argument, index, lanes = self._touch(ptrs, mask, "store")
         values = np.broadcast_to(value.data, ptrs.data.shape)
         raw = encode(values.ravel() if lanes is None else values[lanes], ptrs.get_element_ty())
@@ -350,7 +353,7 @@ class Builder(GpuArithmetic):
                 argument.name,
                 "race",
                 index[differs],
-                "race: lanes of one store write different values",
+                "lanes of one store write different values",
                 "lanes",
             )
 
@@ -385,6 +388,31 @@ class Builder(GpuArithmetic):
             return cmp
         result = super().create_atomic_cas(ptr, cmp, val, sem, scope)
         return self._synchronised(argument, index, sem, result)
+
+    # Triton 3.9 has atomics that only load, store or wait.
+    def create_atomic_load(self, ptr, mask, sem, scope):
+        argument, index, lanes = self._touch(ptr, mask, "atomic")
+        dtype, shape = ptr.get_element_ty(), ptr.data.shape
+        data = np.zeros(shape, np_dtype(dtype))
+        data[... if lanes is None else lanes] = decode(argument.memory.take(index), dtype).reshape(
+            shape if lanes is None else -1
+        )
+        return self._synchronised(argument, index, sem, TensorHandle(data, dtype))
+
+    def create_atomic_store(self, ptr, val, mask, sem, scope):
+        argument, index, lanes = self._touch(ptr, mask, "atomic")
+        values = np.broadcast_to(val.data, ptr.data.shape)
+        values = values.ravel() if lanes is None else values[lanes]
+        argument.memory[index] = encode(values, ptr.get_element_ty())
+        self._synchronised(argument, index, sem, val)
+
+    def create_atomic_poll(self, ptr, expected, timeout_ns, sem, scope):
+        argument, index, _ = self._touch(ptr, None, "atomic")
+        values = decode(argument.memory.take(index), ptr.get_element_ty())
+        matched = values.reshape(ptr.data.shape) == expected.data
+        if timeout_ns is None and not matched.all():
+            self._deadlock(argument, index)
+        return self._synchronised(argument, index, sem, TensorHandle(matched, tl.int1))
 
     def _synchronised(
         self, argument: Argument, index: np.ndarray, sem: Any, result: TensorHandle

@@ -33,26 +33,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.init:
         print((Path(__file__).parent / "template.py").read_text(encoding="utf-8"), end="")
         return 0
-    path = list(sys.path)
+    path, file = list(sys.path), Path(options.check or "")
     try:
         if options.check is None:
             raise InputError("name a file to check, or print a template with --init")
         _interpret()
+        if options.compile:
+            from fastbert_kernels.checker.compiled import architectures
+
+            architectures(options.compile)
         # What the file and its kernels print must not get into the JSON object.
         with contextlib.redirect_stdout(sys.stderr if options.json else sys.stdout):
-            checked = load(Path(options.check), options.shapes, options.dtypes)
+            checked = load(file, options.shapes, options.dtypes)
             from fastbert_kernels.checker.cases import carry_out
 
             report = carry_out(checked)
             if options.compile:
                 from fastbert_kernels.checker.compiled import add_compiled
 
-                add_compiled(report, Path(options.check), options.compile, checked)
+                add_compiled(report, file, options.compile, checked)
     except (InputError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as error:
-        print(f"interrupted{_place(error, str(options.check))}", file=sys.stderr)
+        line = _line(error, file)
+        place = f" at {options.check}:{line}" if line else ""
+        print(f"interrupted{place}", file=sys.stderr)
         return 130
     finally:
         sys.path[:] = path  # without the file's folder, which may hold a module of a library's name
@@ -85,6 +91,12 @@ def _parser() -> argparse.ArgumentParser:
 
 def _interpret() -> None:
     """Make Triton interpret kernels; it decides that when it is imported."""
+    for name in ("torch", "numpy", "triton"):
+        if importlib.util.find_spec(name) is None:
+            raise InputError(
+                f"{name} is not installed; the checker needs it: "
+                'pip install "fastbert-kernels[gpu]"'
+            )
     if "triton" in sys.modules and os.environ.get("TRITON_INTERPRET") != "1":
         raise InputError(
             "Triton is imported already, and does not interpret; set TRITON_INTERPRET=1 before"
@@ -136,18 +148,20 @@ def _module(path: Path) -> ModuleType:
     try:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
-        raise InputError(f"{path} fails: {type(error).__name__}: {error}") from error
+        line = 0 if isinstance(error, SyntaxError) else _line(error, path)
+        place = f" in line {line}" if line else ""  # a SyntaxError has it in its text
+        raise InputError(f"{path} fails{place}: {type(error).__name__}: {error}") from error
     return module
 
 
-def _place(error: BaseException, file: str) -> str:
-    """The line of the checked file that ran last, shown after Ctrl-C in a kernel without end."""
+def _line(error: BaseException, file: Path) -> int:
+    """The line of the checked file that ran last; 0 if none did."""
     lines = [
-        frame.lineno
+        frame.lineno or 0
         for frame in traceback.extract_tb(error.__traceback__)
-        if Path(frame.filename).resolve() == Path(file).resolve()
+        if Path(frame.filename).resolve() == file.resolve()
     ]
-    return f" at {file}:{lines[-1]}" if lines else ""
+    return lines[-1] if lines else 0
 
 
 def _shape(text: str) -> dict[str, int]:

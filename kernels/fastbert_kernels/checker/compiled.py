@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
-from fastbert_kernels.checker.report import FAULT, NOTE, Finding
+from fastbert_kernels.checker.execute import NO_BACKWARD
+from fastbert_kernels.checker.report import FAULT, NOTE, Finding, count
 
 if TYPE_CHECKING:
     from fastbert_kernels.checker.cases import Check
@@ -31,14 +32,14 @@ def add_compiled(report: Report, path: Path, targets: str, checked: Check) -> No
     """Compile the kernels of a check file, and add lines and findings to its report.
 
     Raises:
-        ValueError: an unknown architecture, or the process failed.
+        ValueError: the process failed.
     """
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     places = [str(Path(__file__).parents[2]), environment.get("PYTHONPATH", "")]
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, places))
     request = {
         "path": str(path),
-        "targets": [word for word in targets.split(",") if word],
+        "targets": architectures(targets),
         "shape": dict(checked.shapes[-1]),
         "dtypes": list(checked.dtypes),
     }
@@ -46,11 +47,33 @@ def add_compiled(report: Report, path: Path, targets: str, checked: Check) -> No
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
         raise ValueError(f"--compile {targets}: {(done.stderr.strip() or '?').splitlines()[-1]}")
-    for row in json.loads(done.stdout.splitlines()[-1]):
+    found = json.loads(done.stdout.splitlines()[-1])
+    if found["error"]:
+        report.remarks.append(f"compilation: {found['error']}")
+    elif not found["backward"]:
+        report.remarks.append(f"compilation: {NO_BACKWARD}")
+    for row in found["rows"]:
         line, finding = describe(row)
         report.compiled.append(line)
         if finding is not None:
             report.add(finding)
+
+
+def architectures(text: str) -> list[str]:
+    """The architectures that are named on the command line.
+
+    Raises:
+        ValueError: there is none, or an unknown one.
+    """
+    from fastbert_kernels.checker.machine_code import DEVICES
+
+    found = [word for word in text.split(",") if word]
+    for name in found or [text]:
+        if name not in DEVICES:
+            raise ValueError(
+                f"--compile: unknown architecture {name!r}; known are {', '.join(DEVICES)}"
+            )
+    return found
 
 
 def describe(row: dict[str, Any]) -> tuple[str, Finding | None]:
@@ -62,17 +85,17 @@ def describe(row: dict[str, Any]) -> tuple[str, Finding | None]:
         return f"{where}: does not compile", Finding("does not compile", message, FAULT, **at)
     loads = ", ".join(f"{name} {bits} bits" for name, bits in sorted(row["widths"].items()))
     line = (
-        f"{where}: {row['registers']} registers, {row['spilled']} bytes spilled, "
-        f"{row['shared']:,} bytes of shared memory, {row['programs']} programs at a time"
+        f"{where}: {count(row['registers'], 'register')}, {count(row['spilled'], 'byte')} spilled, "
+        f"{count(row['shared'], 'byte')} of shared memory, "
+        f"{count(row['programs'], 'program')} at a time"
         + (f", narrowest load of {loads}" if loads else "")
     )
     if row["shared"] > row["limit"]:
-        message = (
-            f"{row['target']} has {row['limit']:,} bytes of shared memory, not {row['shared']:,}"
-        )
+        has, needs = count(row["limit"], "byte"), f"{row['shared']:,}"
+        message = f"{row['target']} has {has} of shared memory, not {needs}"
         return line, Finding("shared memory", message, FAULT, **at)
     if row["spilled"]:
-        message = f"{row['spilled']} bytes a thread on {row['target']}"
+        message = f"{count(row['spilled'], 'byte')} a thread on {row['target']}"
         return line, Finding("spilled registers", message, NOTE, **at)
     return line, None
 
@@ -99,20 +122,17 @@ class _Driver:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """What the process does: prints a JSON list with a row for each kernel and architecture."""
+    """What the process does: prints JSON with a row for each kernel and architecture."""
     from triton.runtime import driver
     from triton.runtime.autotuner import Autotuner
     from triton.runtime.jit import JITFunction
 
     from fastbert_kernels.checker.cases import DTYPES
     from fastbert_kernels.checker.command import load
-    from fastbert_kernels.checker.execute import draw, launch_both_ways
+    from fastbert_kernels.checker.execute import draw, launch_both_ways, what_and_where
     from fastbert_kernels.checker.machine_code import DEVICES
 
     request = json.loads(arguments[0])
-    unknown = [name for name in request["targets"] if name not in DEVICES]
-    if unknown:
-        raise SystemExit(f"unknown architecture {unknown[0]}; known are {', '.join(DEVICES)}")
     launches: list[tuple[Any, tuple, dict[str, Any], str]] = []
     dtype = ""
 
@@ -127,9 +147,13 @@ def main(arguments: Sequence[str]) -> None:
         stack.enter_context(mock.patch.object(JITFunction, "run", record))
         stack.enter_context(mock.patch.object(Autotuner, "_bench", lambda *_, **__: [0.0]))
         checked = load(Path(request["path"]))
+        backward, stopped = True, ""
         for dtype in request["dtypes"]:
             inputs = draw(checked.inputs, DTYPES[dtype], request["shape"])
-            launch_both_ways(checked.kernel, inputs, checked.gradients)
+            try:
+                backward &= launch_both_ways(checked.kernel, inputs, checked.gradients)
+            except Exception as error:  # of somebody else's function
+                stopped = f"stopped by {': '.join(filter(None, what_and_where(error)))}"
     rows: dict[str, dict[str, Any]] = {}
     for name in request["targets"]:
         active: Any = _Driver(DEVICES[name].target)
@@ -138,7 +162,7 @@ def main(arguments: Sequence[str]) -> None:
             row = {"target": name, "kernel": function.__name__, "dtype": dtype}
             row |= {"shape": request["shape"], **_measure(function, args, kwargs, name)}
             rows.setdefault(json.dumps(row, sort_keys=True), row)
-    print(json.dumps(list(rows.values())))
+    print(json.dumps({"rows": list(rows.values()), "backward": backward, "error": stopped}))
 
 
 def _measure(function: Any, args: tuple, kwargs: dict[str, Any], name: str) -> dict[str, Any]:

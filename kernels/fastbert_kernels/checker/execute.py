@@ -18,6 +18,7 @@ from torch import Tensor
 from fastbert_kernels.checker.record import Record
 
 SEED = 20_260_731  # of inputs and upstream gradients
+NO_BACKWARD = "the backward pass was not run: no output of the kernel requires a gradient"
 
 
 @dataclass
@@ -55,7 +56,7 @@ def draw(
         try:
             given = make(dtype, **shape)
         except Exception as error:
-            what, line = _what_and_where(error)
+            what, line = what_and_where(error)
             place = f" ({line})" if line else ""
             raise ValueError(f"inputs fails at {dict(shape)}: {what}{place}") from error
     if not isinstance(given, Mapping):
@@ -88,15 +89,17 @@ def copy(inputs: Mapping[str, Any], dtype: torch.dtype | None = None) -> dict[st
     return {name: copied(value) for name, value in inputs.items()}
 
 
-def by_a_rounding(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Inputs whose floating-point numbers have each moved up or down by a rounding of fp32."""
-    generator = torch.Generator().manual_seed(SEED)
+def by_a_rounding(
+    inputs: Mapping[str, Any], dtype: torch.dtype = torch.float32, number: int = 0
+) -> dict[str, Any]:
+    """Inputs whose floating-point numbers have each moved up or down by a rounding of a dtype."""
+    generator = torch.Generator().manual_seed(SEED + number)
 
     def moved(x: Any) -> Any:
         if not (isinstance(x, Tensor) and x.is_floating_point()):
             return x
         signs = torch.randint(0, 2, x.shape, generator=generator) * 2 - 1
-        return x.double() * (1 + signs * torch.finfo(torch.float32).eps)
+        return x.double() * (1 + signs * torch.finfo(dtype).eps)
 
     return {name: moved(x) for name, x in inputs.items()}
 
@@ -154,7 +157,7 @@ def run(
             leaves_by_name = {name: arguments[name] for name in leaves}
             named |= _gradients(named, leaves_by_name, rounding, contiguous)
         except Exception as error:
-            outcome.error = _what_and_where(error)
+            outcome.error = what_and_where(error)
             return outcome
         if outcome.record is not None:
             for name, x in named.items():
@@ -175,12 +178,15 @@ def run(
 
 def launch_both_ways(
     kernel: Callable[..., Any], inputs: Mapping[str, Any], gradients: Sequence[str] | None
-) -> None:
+) -> bool:
     """Call the function under check, and its backward pass where it has one, for the launches.
 
     Args:
         kernel, gradients: as in `Check`.
         inputs: its arguments by name.
+
+    Returns:
+        False if the backward pass did not run, although there are inputs to differentiate by.
     """
     leaves = [
         x.requires_grad_()
@@ -189,12 +195,11 @@ def launch_both_ways(
         and x.is_floating_point()
         and (gradients is None or name in gradients)
     ]
-    result = kernel(**inputs)
-    outputs = list(result) if isinstance(result, (tuple, list)) else [result]
-    outputs = [x for x in outputs if isinstance(x, Tensor) and x.requires_grad]
+    outputs = [x for x in _named(kernel(**inputs)).values() if x.requires_grad]
     if outputs and leaves:
         upstream = [torch.ones_like(x) for x in outputs]
         torch.autograd.grad(outputs, leaves, upstream, allow_unused=True)
+    return bool(outputs) or not leaves
 
 
 def _named(result: Any) -> dict[str, Tensor]:
@@ -243,7 +248,7 @@ def same(a: Tensor, b: Tensor) -> bool:
     return torch.equal(a, b)
 
 
-def _what_and_where(error: BaseException) -> tuple[str, str]:
+def what_and_where(error: BaseException) -> tuple[str, str]:
     """The last message of a chain of exceptions, and the line of the kernel or its launcher."""
     while error.__cause__ is not None:
         error = error.__cause__

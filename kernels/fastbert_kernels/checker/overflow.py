@@ -32,10 +32,10 @@ from triton.runtime.interpreter import GridExecutor, TensorHandle
 from fastbert_kernels.checker import arithmetic
 from fastbert_kernels.checker.arithmetic import np_dtype
 from fastbert_kernels.checker.builder import Builder
-from fastbert_kernels.checker.execute import draw, launch_both_ways
+from fastbert_kernels.checker.execute import NO_BACKWARD, draw, launch_both_ways
 from fastbert_kernels.checker.memory import span_of
 from fastbert_kernels.checker.record import Record
-from fastbert_kernels.checker.report import Finding
+from fastbert_kernels.checker.report import Finding, show
 from fastbert_kernels.checker.sanitizer import install
 
 ROOM = 1 << 44  # between the addresses of two tensors, in bytes
@@ -110,12 +110,12 @@ class _Addresses(Builder):
         lanes = np.ones_like(index, bool) if mask is None else np.asarray(mask.data, bool)
         self.accesses.append((self.line(), argument.name, index, np.array(lanes)))
 
-    def create_masked_load(self, ptrs, mask, other, cache_modifier, eviction_policy, is_volatile):
+    def create_masked_load(self, ptrs, mask, other, *_, **__):
         self._list(ptrs, mask)
         dtype = ptrs.get_element_ty()
         return TensorHandle(np.zeros(ptrs.data.shape, np_dtype(dtype)), dtype)
 
-    def create_masked_store(self, ptrs, value, mask, cache_modifier, eviction_policy):
+    def create_masked_store(self, ptrs, value, mask, *_, **__):
         self._list(ptrs, mask)
 
     def create_atomic_rmw(self, rmwOp, ptr, val, mask, sem, scope):
@@ -125,6 +125,16 @@ class _Addresses(Builder):
     def create_atomic_cas(self, ptr, cmp, val, sem, scope):
         self._list(ptr, None)
         return TensorHandle(np.zeros(ptr.data.shape, np_dtype(val.dtype)), val.dtype.scalar)
+
+    def create_atomic_load(self, ptr, mask, sem, scope):
+        return self.create_masked_load(ptr, mask, None)
+
+    def create_atomic_store(self, ptr, val, mask, sem, scope):
+        self._list(ptr, mask)
+
+    def create_atomic_poll(self, ptr, expected, timeout_ns, sem, scope):
+        self._list(ptr, None)
+        return TensorHandle(np.ones(ptr.data.shape, bool), tl.int1)
 
     def launch_sampled(self, executor: GridExecutor, args: tuple, kwargs: dict) -> None:
         """Run a few programs of a launch."""
@@ -180,25 +190,29 @@ def overflows(checked: Any, shape: dict[str, Any], remarks: list[str]) -> list[F
     Args:
         checked: the Check.
         shape: one of its `large`.
-        remarks: gets a line if nothing could be checked.
+        remarks: gets a line if something could not be checked.
     """
     from fastbert_kernels.checker.cases import DTYPES
 
     dtype = checked.dtypes[0]
     runs = []
+    stopped, backward = None, False
     for wide in (False, True):
         builder = _Addresses(wide)
         try:
-            _run(checked, shape, DTYPES[dtype], builder)
+            backward = _run(checked, shape, DTYPES[dtype], builder)
         except Exception as error:
-            if not builder.accesses:
-                reason = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
-                remarks.append(f"32-bit offsets at {shape}: {reason}")
-                return []
+            # What was launched before is still compared.
+            after = "" if builder.accesses else "no kernel was launched; "
+            lines = str(error).splitlines() or [""]
+            stopped = f"{after}stopped by {type(error).__name__}: {lines[0][:200]}"
         runs.append(builder)
     narrow, wide = (run.accesses for run in runs)
-    if not wide:
-        remarks.append(f"32-bit offsets at {shape}: no kernel was launched on fake tensors")
+    if stopped is not None or not wide:
+        reason = stopped or "no kernel was launched on fake tensors"
+        remarks.append(f"32-bit offsets at {show(shape)}: {reason}")
+    elif not backward:
+        remarks.append(f"32-bit offsets at {show(shape)}: {NO_BACKWARD}")
     found: list[Finding] = []
     kernel, program = "", ""
     for (line, name, index, lanes), (_, _, right, active) in zip(narrow, wide, strict=False):
@@ -212,9 +226,9 @@ def overflows(checked: Any, shape: dict[str, Any], remarks: list[str]) -> list[F
             where = int(np.argmax(wrong.ravel()))
             got, expected = int(index.ravel()[where]), int(right.ravel()[where])
             numbers = program.strip("()").split(", ")
-            message = f"a 32-bit offset wraps: {expected:,} becomes {got:,}"
+            message = f"has a 32-bit offset that wraps: {expected:,} becomes {got:,}"
             if got == expected:
-                message = f"a 32-bit number in the mask wraps, so element {expected:,} is left out"
+                message = f"has a 32-bit number in its mask that wraps: {expected:,} is left out"
             found.append(
                 Finding(
                     "32-bit overflow",
@@ -231,7 +245,8 @@ def overflows(checked: Any, shape: dict[str, Any], remarks: list[str]) -> list[F
     return list({finding.key: finding for finding in reversed(found)}.values())[::-1]
 
 
-def _run(checked: Any, shape: dict[str, Any], dtype: torch.dtype, builder: _Addresses) -> None:
+def _run(checked: Any, shape: dict[str, Any], dtype: torch.dtype, builder: _Addresses) -> bool:
+    """Call the kernel on fake tensors; whether its backward pass ran, too, or there is none."""
     with ExitStack() as stack:
         install(builder, stack)
         for owner, name, value in (
@@ -258,4 +273,4 @@ def _run(checked: Any, shape: dict[str, Any], dtype: torch.dtype, builder: _Addr
         stack.enter_context(FakeTensorMode())
         stack.enter_context(_Launching())
         inputs = draw(checked.inputs, dtype, shape)
-        launch_both_ways(checked.kernel, inputs, checked.gradients)
+        return launch_both_ways(checked.kernel, inputs, checked.gradients)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from fastbert_kernels.checker.fresh import Fresh
+from fastbert_kernels.checker.report import count
 
 
 @dataclass
@@ -35,8 +36,10 @@ class Fault:
         offsets = ", ".join(map(str, self.offsets[:4])) + (
             f", ... {self.offsets[-1]}" if len(self.offsets) > 4 else ""
         )
-        again = f", and {self.repeats} times more" if self.repeats else ""
-        where = f"{self.kernel}, program {self.program}: {self.argument}[{offsets}]"
+        again = f", and {count(self.repeats, 'time')} more" if self.repeats else ""
+        where = f"{self.kernel}, program {self.program}: {self.argument}"
+        if self.offsets:
+            where += f"[{offsets}] {self.kind}:"
         return f"{self.line}: {where} {self.what}{again}"
 
 
@@ -108,3 +111,7 @@ class Record:
         )
         alive = storage is not None and storage() is not None  # else the address is another's now
         return (kernel, line) if alive else ("", "")
+
+    def last_writer(self) -> tuple[str, str]:
+        """The kernel and the line of the latest store that is known; "" if there is none."""
+        return next(((k, line) for _, k, line in reversed(self.writers.values())), ("", ""))

@@ -9,6 +9,11 @@ FAULT, NOTE = "fault", "note"
 Shape = dict[str, Any]
 
 
+def count(number: int, noun: str) -> str:
+    """A number and its noun, as in "1 element" and "1,200 bytes"."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 @dataclass(frozen=True)
 class Finding:
     """One thing that a check found.
@@ -56,10 +61,11 @@ class Finding:
         if self.tensor and self.offsets:
             shown = ", ".join(map(str, self.offsets[:4]))
             shown += f", ... {self.offsets[-1]}" if len(self.offsets) > 4 else ""
-            what = f"{self.tensor}[{shown}] {what}"
+            what = f"{self.tensor}[{shown}]: {what}"
         elif self.tensor:
             what = f"{self.tensor} {what}"
-        lines.append(f"    {what}{f' ({self.repeats} times more)' if self.repeats else ''}")
+        again = f" ({count(self.repeats, 'time')} more)" if self.repeats else ""
+        lines.append(f"    {what}{again}")
         if self.dtype:
             at = f"    at {show(self.shape)}, {self.dtype}"
             if self.smallest is not None and self.smallest != self.shape:
@@ -110,8 +116,8 @@ class Case:
     def __str__(self) -> str:
         errors = ", ".join(f"{name} {ratio:.2f}" for name, ratio in self.errors.items())
         moved = sum(launch.loaded + launch.stored for launch in self.launches)
-        text = f"{show(self.shape)}, {self.dtype}: error over bound: {errors or '-'}"
-        text += f"; {len(self.launches)} launches, {moved:,} bytes"
+        text = f"{show(self.shape)}, {self.dtype}: error over bound: {errors or 'not compared'}"
+        text += f"; {launches(len(self.launches))}, {count(moved, 'byte')}"
         if self.least_bytes:
             text += f", {moved / self.least_bytes:.2f} times the least"
         done = sum(launch.flops for launch in self.launches)
@@ -152,8 +158,8 @@ class Report:
         lines += [f"not checked: {remark}" for remark in self.remarks]
         lines += ["", *map(str, self.cases), *self.compiled, ""]
         lines.append(
-            f"{self.name}: {len(self.faults)} faults, {len(self.notes)} notes, "
-            f"{len(self.cases)} cases"
+            f"{self.name}: {count(len(self.faults), 'fault')}, {count(len(self.notes), 'note')}, "
+            f"{count(len(self.cases), 'case')}"
         )
         return "\n".join(lines)
 
@@ -170,6 +176,11 @@ class Report:
             },
             indent=1,
         )
+
+
+def launches(number: int) -> str:
+    """A number of launches."""
+    return f"{number:,} launch{'' if number == 1 else 'es'}"
 
 
 def show(shape: Shape) -> str:

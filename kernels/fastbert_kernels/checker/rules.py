@@ -82,12 +82,44 @@ def _dot_into(statement: ast.stmt) -> str:
     return ""
 
 
+def dot_recurrence(kernel: KernelSource) -> Iterator[Hit]:
+    """A state that one `tl.dot` adds to and another one multiplies, in one turn of a loop.
+
+    Triton 3.6 on sm_100, and 3.6 and 3.7 on sm_103, compute it differently from run to run for some
+    tiles and numbers of warps. Source: triton-lang/triton #9871 and #10590.
+    """
+    for loop in kernel.nodes:
+        if not isinstance(loop, (ast.For, ast.While)):
+            continue
+        states = _accumulating_dots(loop.body)
+        for call in (node for node in ast.walk(loop) if language_call(node) == "dot"):
+            operands = [
+                argument_of(cast("ast.Call", call), i, n) for i, n in ((0, "input"), (1, "other"))
+            ]
+            read = {
+                node.id
+                for operand in operands
+                if operand is not None
+                for node in kernel.sources(operand)
+                if isinstance(node, ast.Name)
+            }
+            for name in sorted(read & states.keys()):
+                yield Hit(
+                    cast("ast.Call", call).lineno,
+                    NOTE,
+                    f"multiplies {name}, to which another tl.dot of the loop adds; Triton 3.6 and "
+                    "3.7 may compute this differently from run to run on Blackwell (#9871, "
+                    "#10590): compare two runs there",
+                )
+
+
 def sixteen_bit_accumulation(kernel: KernelSource) -> Iterator[Hit]:
     """A sum that is kept in 16 bits: in memory that is loaded, added to and stored, or in a loop.
 
     Source: apple/ml-cross-entropy #14 and #18, linkedin/Liger-Kernel #1329.
     """
     yield from _rounded_accumulators(kernel)
+    yield from _rounded_atomics(kernel)
     locked = any(language_call(call) in ("atomic_cas", "atomic_xchg") for call in kernel.calls)
     for store in kernel.calls:
         if language_call(store) != "store" or len(store.args) < 2:
@@ -134,6 +166,20 @@ def _rounded_accumulators(kernel: KernelSource) -> Iterator[Hit]:
                             f"{name} is rounded to 16 bits after each addition; "
                             "keep the sum in fp32",
                         )
+
+
+def _rounded_atomics(kernel: KernelSource) -> Iterator[Hit]:
+    """Atomic additions to memory of 16 bits."""
+    for call in kernel.calls:
+        if language_call(call) == "atomic_add" and call.args:
+            base = kernel.base(call.args[0])
+            if kernel.widths(base) == "16":
+                yield Hit(
+                    call.lineno,
+                    FAULT,
+                    f"adds atomically to {base}, which is rounded to 16 bits after each addition, "
+                    "in any order; keep the sum in fp32",
+                )
 
 
 def _adds_what_it_loads(kernel: KernelSource, pointer: ast.expr, value: ast.expr) -> bool:
@@ -183,6 +229,8 @@ def float_atomic(kernel: KernelSource) -> Iterator[Hit]:
             continue
         base = kernel.base(call.args[0])
         types = kernel.types.get(base, set())
+        if types & SIXTEEN:  # which is sixteen-bit-accumulation
+            continue
         whole = isinstance(call.args[1], ast.Constant) and isinstance(call.args[1].value, int)
         if types and not any("float" in name for name in types):
             continue
@@ -262,21 +310,27 @@ def int32_offset(kernel: KernelSource) -> Iterator[Hit]:
                     found[node.lineno] = size.id
     if found:
         first, *others = sorted(found)
-        also = f", as in lines {', '.join(map(str, others))}" if others else ""
         yield Hit(
             first,
             NOTE,
-            f"a 32-bit index times {found[first]} wraps beyond 2^31 elements{also}; "
+            f"a 32-bit index times {found[first]} wraps beyond 2^31 elements{_also(others)}; "
             "write index.to(tl.int64)",
         )
 
 
 def _is_int32(kernel: KernelSource, index: ast.expr) -> bool:
-    """Whether a value comes from program_id, arange or a loop, without a cast to 64 bits."""
+    """Whether a value comes from program_id or a loop, without a cast to 64 bits.
+
+    An arange alone has as many elements as a block, which is too few.
+    """
     nodes = list(kernel.sources(index))
     if any(isinstance(n, ast.Attribute) and n.attr in ("int64", "uint64") for n in nodes):
         return False
-    return any(language_call(n) in ("program_id", "arange", "range") for n in nodes)
+    return any(language_call(n) in ("program_id", "range") or _is_range(n) for n in nodes)
+
+
+def _is_range(node: ast.AST) -> bool:
+    return isinstance(node, ast.Call) and getattr(node.func, "id", "") == "range"
 
 
 def uncovered_mask(kernel: KernelSource) -> Iterator[Hit]:
@@ -296,10 +350,15 @@ def uncovered_mask(kernel: KernelSource) -> Iterator[Hit]:
             found.setdefault(call.lineno, name)
     if found:
         first, *others = sorted(found)
-        also = f", as in lines {', '.join(map(str, others))}" if others else ""
-        yield Hit(
-            first, NOTE, f"the mask says nothing of {found[first]}, which other masks bound{also}"
-        )
+        message = f"the mask says nothing of {found[first]}, which other masks bound"
+        yield Hit(first, NOTE, message + _also(others))
+
+
+def _also(lines: list[int]) -> str:
+    """Further lines of a kernel with the same hit."""
+    if not lines:
+        return ""
+    return f", as in line{'s' if len(lines) > 1 else ''} {', '.join(map(str, lines))}"
 
 
 def missing_other(kernel: KernelSource) -> Iterator[Hit]:
@@ -330,6 +389,7 @@ def _is_where(node: ast.AST) -> bool:
 
 RULES: dict[str, Callable[[KernelSource], Iterator[Hit]]] = {
     "two-dots-one-accumulator": two_dots_one_accumulator,
+    "dot-recurrence": dot_recurrence,
     "sixteen-bit-accumulation": sixteen_bit_accumulation,
     "float-atomic": float_atomic,
     "sixteen-bit-difference": sixteen_bit_difference,

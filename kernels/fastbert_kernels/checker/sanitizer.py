@@ -73,6 +73,7 @@ from fastbert_kernels.checker import libdevice
 from fastbert_kernels.checker.arithmetic import ARITHMETIC_PATCHES
 from fastbert_kernels.checker.builder import Builder
 from fastbert_kernels.checker.record import Record
+from fastbert_kernels.checker.report import count, launches
 
 TRITON = str(Path(triton.__file__).parent)
 SEMANTIC = str(Path(triton.__file__).parent / "language" / "semantic.py")
@@ -167,7 +168,7 @@ def sanitize(
         raise SanitizerError(
             "\n".join(
                 [
-                    f"{len(record.faults)} faults in {len(record.launches)} launches:",
+                    f"{count(len(record.faults), 'fault')} in {launches(len(record.launches))}:",
                     *map(str, record.faults),
                 ]
             )
