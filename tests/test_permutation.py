@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastbert.data.permutation import permute
+from fastbert.data.philox import Purpose
 
 
 @given(n=st.integers(1, 2000), seed=st.integers(0, 2**63 - 1), epoch=st.integers(0, 2**32 - 1))
@@ -31,6 +32,21 @@ def test_seeds_and_epochs_give_other_orders():
     for i, one in enumerate(orders):
         for other in orders[:i]:
             assert (one == other).sum() < 10  # unrelated ones agree in one place on average
+
+
+def test_numbers_and_purposes_give_other_orders():
+    """The windows of an epoch, and its blocks, have orders of their own."""
+    assert (permute(np.arange(500), 500, 3, 2) == permute(np.arange(500), 500, 3, 2, 0)).all()
+    orders = [
+        permute(np.arange(500), 500, 3, epoch, number, purpose)
+        for epoch in (0, 1)
+        for number in (0, 1, 2, 9)
+        for purpose in (Purpose.ORDER, Purpose.BLOCKS)
+    ]
+    for i, one in enumerate(orders):
+        assert (np.sort(one) == np.arange(500)).all()
+        for other in orders[:i]:
+            assert (one == other).sum() < 10
 
 
 def test_every_index_goes_everywhere_equally_often_over_the_epochs():

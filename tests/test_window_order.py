@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 from collections import Counter
 from dataclasses import replace
@@ -15,12 +16,15 @@ from fastbert.data.batches import Batches
 from fastbert.data.block_split import BlockSplit
 from fastbert.data.block_table import Blocks
 from fastbert.data.blocks import BLOCK_BYTES
+from fastbert.data.dataset import TokenDataset, open_dataset
 from fastbert.data.example_counts import LENGTHS
 from fastbert.data.examples import Examples, Spans
 from fastbert.data.verify import Claim
 from fastbert.data.window_order import Windows, count_by_block, most_by_block
 from fastbert.errors import InputError
 from tests.block_dataset import Text, blocks_of, in_blocks
+from tests.tiers import slow
+from tests.trials import Trial
 
 PAIRS = ObjectiveConfig()
 SINGLE = ObjectiveConfig(kind="mlm", segments="single")
@@ -347,3 +351,72 @@ def test_sorted_sources_mix(tmp_path):
     assert 1 <= measured["pieces"] <= 1.5
     assert predicted["blocks"] * 0.5 < measured["blocks"] < predicted["blocks"] * 1.5
     assert measured["blocks"] > 1.5 > predicted["pieces"]
+
+
+# Runs
+
+
+WINDOW = ("order.window=32 MiB", 'objective.kind="mlm"')  # two blocks
+
+
+@pytest.fixture(scope="module")
+def dataset(small_dataset, tmp_path_factory) -> TokenDataset:
+    """The small dataset in blocks of three documents."""
+    return in_blocks(small_dataset, tmp_path_factory.mktemp("windows") / "dataset", 3)
+
+
+def borders(dataset: TokenDataset, steps: int) -> list[int]:
+    """Return the steps of tests.trials.RECIPE in which a window begins."""
+    objective = ObjectiveConfig(kind="mlm", segments="single")
+    stream = Windows(dataset.blocks["train"], objective, 64, 1, 2 * BLOCK_BYTES, "")
+    drawn = stream.draw(np.arange(10 * steps))
+    return (1 + np.flatnonzero(np.diff(drawn.split))).tolist()
+
+
+@pytest.mark.parametrize("world", [slow(1), 2])
+def test_a_run_resumes_across_a_border_to_the_last_digit(dataset, tmp_path, world):
+    found = borders(dataset, 16)
+    assert any(0 < border % 10 for border in found) and len(found) >= 2
+    data = f"data={dataset.path}"
+    same = data, *WINDOW, "schedule.warmup=0", 'schedule.decay="constant"'
+    whole = Trial(tmp_path / "whole", dataset.path, *same)
+    whole.resume(world)
+    parts = Trial(tmp_path / "parts", dataset.path, *same)
+    for last in (found[0] // 10, found[0] // 10 + 1, found[1] // 10, 16):
+        parts.resume(world, f"stop.steps={max(last, 1)}")
+    assert parts.steps == whole.steps and len(whole.steps) == 16
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_run_ends_where_a_window_is_damaged(dataset, tmp_path, world):
+    """With one line, on each rank, and without a run folder where it is the first window."""
+    copy = shutil.copytree(dataset.path, tmp_path / "copy")
+    blocks = open_dataset(copy, verify=False).blocks["train"]
+    stream = Windows(blocks, SINGLE, 64, 1, 2 * BLOCK_BYTES, "")
+    order = stream._epoch(0).order
+    flip(blocks, int(order[4]))
+    trial = Trial(tmp_path / "later", copy, f"data={copy}", *WINDOW, "checkpoint.every=1")
+    with trial.start(world, "stop.steps=1000") as ranks:
+        assert 2 in ranks.wait(), ranks.errors
+    where = f"{blocks.name(int(order[4]))}: the block at byte"
+    (line,) = {line for line in ranks.errors.splitlines() if where in line}
+    assert "its SHA-256 differs" in line and "--resume" in line
+    begins = int(stream._epoch(0).first[2]) // 10
+    assert 0 < len(trial.steps) <= begins
+    flip(blocks, int(order[4]))
+    trial.resume(world, f"stop.steps={begins + 2}")
+
+    flip(blocks, int(order[0]))
+    trial = Trial(tmp_path / "first", copy, f"data={copy}", *WINDOW)
+    with trial.start(world) as ranks:
+        assert ranks.wait() == [2] * world, ranks.errors
+    assert blocks.name(int(order[0])) in ranks.errors and not trial.run.exists()
+
+
+def test_the_window_of_a_run_changes_only_where_the_order_does_not(dataset, tmp_path):
+    trial = Trial(tmp_path / "run", dataset.path, f"data={dataset.path}", *WINDOW[1:])
+    trial.resume(1, "stop.steps=2")
+    trial.resume(1, "stop.steps=3", "order.window=100 GiB")
+    with trial.start(1, "stop.steps=4", "order.window=32 MiB") as ranks:
+        assert ranks.wait() == [2]
+    assert "order.window = 33554432, but the checkpoint" in ranks.errors

@@ -91,19 +91,24 @@ class BlockSplit:
         bit = positions(8 * self._word_at[block] + local, lengths)
         return (self._bytes[bit >> 3] >> (7 - (bit & 7)).astype(np.uint8) & 1).astype(bool)
 
-    def _spans(self, starts: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _spans(
+        self, starts: np.ndarray, lengths: np.ndarray
+    ) -> tuple[np.ndarray | int, np.ndarray]:
         """Return the block of each span, and its first token within the block."""
         block, local = _locate(starts, self._token_base)
-        assert (self._token_base[block] + local + lengths <= self._token_base[block + 1]).all()
+        ends = self._token_base[block] + local + lengths
+        assert np.all(ends <= self._token_base[block + 1])
         return block, local
 
 
-def _locate(indices: np.ndarray, base: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the block of each index, and the index within it.
+def _locate(indices: np.ndarray, base: np.ndarray) -> tuple[np.ndarray | int, np.ndarray]:
+    """Return the block of each index, and the index within it; of a single block just 0.
 
     The index one past the end is that of the last block.
     """
     indices = np.asarray(indices, np.int64)
     assert indices.size == 0 or (indices.min() >= 0 and indices.max() <= base[-1])
+    if len(base) == 2:
+        return 0, indices
     block = np.minimum(np.searchsorted(base, indices, "right") - 1, len(base) - 2)
     return block, indices - base[block]

@@ -20,8 +20,8 @@ import numpy as np
 
 from fastbert.data import format_2, format_3
 from fastbert.data.block_split import BlockSplit
-from fastbert.data.block_table import Blocks
-from fastbert.data.manifest import MANIFEST, SpecialIds
+from fastbert.data.block_table import COUNTS, Blocks
+from fastbert.data.manifest import MANIFEST, Counts, SpecialIds
 from fastbert.data.split import Split
 from fastbert.data.verify import AGAIN, Claim, verify_files
 from fastbert.durable import unsealed
@@ -56,6 +56,13 @@ class TokenDataset:
         if self.blocks:
             return BlockSplit(self.blocks[name])
         return format_2.open_split(self.path, self.manifest, name)
+
+    def counts(self, name: str) -> Counts:
+        """Return the size of a split, without opening its shards."""
+        if self.blocks:
+            return Counts(*(self.blocks[name].total(column) for column in COUNTS))
+        found = self.manifest["splits"][name]
+        return Counts(*(found[column] for column in COUNTS))
 
     def windows(self, size: int) -> int:
         """Return how many windows of `size` bytes an epoch of training has; 1 in format 2."""

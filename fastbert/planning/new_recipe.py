@@ -120,7 +120,7 @@ def new_recipe(data: str | Path, minutes: float, out: Path) -> NewRecipe:
 def look_at(dataset: TokenDataset) -> Corpus:
     """Collect what the choice needs to know of a dataset."""
     report = json.loads(dataset.reports[0].read_text(encoding="utf-8"))
-    train = dataset.split("train")
+    train = dataset.counts("train")
     return Corpus(
         path=str(dataset.path),
         documents=train.documents,

@@ -20,7 +20,6 @@ import numpy as np
 from fastbert.config import BertConfig, ModelConfig, RunConfig
 from fastbert.data.batches import share_out
 from fastbert.data.dataset import TokenDataset, open_dataset
-from fastbert.data.examples import Examples
 from fastbert.data.masking import selected_counts
 from fastbert.errors import InputError
 from fastbert.machine import (
@@ -35,6 +34,7 @@ from fastbert.planning.activations import MicroBatchSize
 from fastbert.planning.flops import executed_flops, muon_flops, training_flops
 from fastbert.planning.memory import memory_by_part, stay_gathered
 from fastbert.planning.parameters import count_hidden, count_parameters
+from fastbert.planning.reading import Reading, reading, sample
 from fastbert.presence import status
 from fastbert.training.ds_config import check_optimizer, read_ds_config
 
@@ -137,6 +137,7 @@ class Plan:
     cost: float | None
     limit: str
     assumptions: list[str]
+    reading: Reading | None
 
 
 # ----------------------------------------------------------------------------- communication
@@ -317,6 +318,8 @@ def plan(
         zero = settings.values["zero_optimization"]
         if stage is None:
             stage = settings.stage(precision=weights, world=gpus, optimizer=config.optimizer.name)
+    if dataset is None and status(Path(config.data)) is not None:
+        dataset = open_dataset(config.data, verify=False)
     vocab_size, lengths, epoch, assumptions = _examples(config, vocab_size, mean_length, dataset)
 
     P, muon = count_parameters(config.model, vocab_size), config.optimizer.name == "muon"
@@ -415,6 +418,7 @@ def plan(
             0.0 if hidden and communication_s < busy_s else communication_s,
         ),
         assumptions=assumptions,
+        reading=reading(dataset, config.order.window) if dataset else None,
     )
 
 
@@ -446,6 +450,8 @@ def describe(p: Plan) -> list[tuple[str, str]]:
         rows.append(("  communication", f"{_time(p.communication_s)}, {sent}"))
     unknown = "unknown: the run is limited in epochs, and the dataset is not here"
     cost = "" if p.cost is None else f", {p.cost:,.{0 if p.cost >= 100 else 2}f} dollars"
+    if p.reading:
+        rows.append(("data", _read(p.reading)))
     return [
         *rows,
         ("tokens/s", f"{p.tokens_per_s:,.0f}, {p.mfu:.0%} of the peak"),
@@ -455,6 +461,19 @@ def describe(p: Plan) -> list[tuple[str, str]]:
         ),
         ("limited by", p.limit),
     ]
+
+
+def _read(data: Reading) -> str:
+    """What a run reads of its dataset, in words."""
+    windows = (
+        f"in windows of {_size(data.window)}, {data.windows:,} an epoch"
+        if data.windows > 1
+        else "shuffled as a whole"
+    )
+    return (
+        f"{_size(data.total)}, {windows}; {_size(data.first)} read before the first step, "
+        f"{_size(data.cache)} of page cache a machine"
+    )
 
 
 def _size(size: float) -> str:
@@ -609,19 +628,10 @@ def _examples(
     lengths = None
     if mean_length is not None:
         lengths = np.full(wanted, round(mean_length))
-    if dataset is None and status(Path(config.data)) is not None:
-        dataset = open_dataset(config.data)
     if dataset is not None:
-        examples = Examples(
-            dataset.split("train"),
-            config.objective,
-            config.batch.max_length,
-            config.seed,
-            config.data,
-        )
-        epoch, vocab_size = len(examples), vocab_size or dataset.vocab_size
-        if lengths is None:
-            lengths = examples.draw(0, np.arange(wanted) % epoch).lengths
+        epoch, drawn = sample(dataset, config)
+        vocab_size = vocab_size or dataset.vocab_size
+        lengths = drawn if lengths is None else lengths
     if not vocab_size:
         vocab_size = 30522
         assumptions.append(

@@ -56,7 +56,8 @@ def pretrain(
 
     Raises:
         InputError: the recipe, the dataset, DeepSpeed's settings or the run folder is wrong;
-            nothing has been written then.
+            nothing has been written then. Or text of a dataset larger than a window turned out to
+            be damaged during the run.
     """
     _check_threads()
     timeout_s = config.runtime.timeout_s
@@ -183,7 +184,12 @@ def _open_run(setup: Setup, group: Group, watchdog: Watchdog, stop_request: Stop
     ):
         _introduce(setup, group, engine, monitor, cores)
         consensus = Consensus(group, watchdog, stop_request, lock, time.monotonic() - state.seconds)
-        return train(Run(setup, group, consensus, engine, monitor, saver, feed))
+        try:
+            return train(Run(setup, group, consensus, engine, monitor, saver, feed))
+        except InputError as error:  # damage in a window of text that was opened during the run
+            line = f"run failed: {error}; then {how_to_resume(setup)}"
+            watchdog.report_exit(line)
+            raise InputError(line) from None
 
 
 def _introduce(setup: Setup, group: Group, engine: Engine, monitor: Monitor, cores: int) -> None:
