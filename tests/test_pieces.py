@@ -64,14 +64,6 @@ def _first_hash(job: Job) -> np.uint64:
     return piece.hashes[0]
 
 
-def test_names_depend_on_the_text_and_the_tokenizer(job: Job, english_jsonl: Path) -> None:
-    other = Job(job.out, job.plan, "body", job.tokenizer, 0.01)
-    same = Job(job.out, job.plan, "text", job.tokenizer, 0.3, drop_copies=True, bad_allowed=None)
-    assert not set(job.piece_keys) & set(other.piece_keys)
-    assert job.piece_keys == same.piece_keys and job.settled_key != same.settled_key
-    assert len(set(job.piece_keys)) == job.plan.pieces > 5
-
-
 def test_a_text_that_changed_is_no_piece(job: Job, tmp_path: Path) -> None:
     path = tmp_path / "b.jsonl"
     path.write_text(json.dumps({"text": "One."}) + "\n")

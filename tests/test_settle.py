@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ def test_a_shard_ends_with_the_piece_that_fills_it(sizes: list[int], most: int) 
     finally:
         module.SHARD_BYTES = before
     assert groups[0] == 0 and groups[-1] == len(sizes) and sorted(set(groups)) == groups
-    for begin, end in zip(groups[:-1], groups[1:], strict=True):
+    for begin, end in itertools.pairwise(groups):
         assert sum(sizes[begin : end - 1]) < most
         assert sum(sizes[begin:end]) >= most or end == len(sizes)
 
