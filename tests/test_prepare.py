@@ -22,15 +22,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastbert.data import corpus_plan, progress, segments, settle, vocabulary_task
+from fastbert.data import corpus_plan, progress, segments, settle
 from fastbert.data import prepare as module
 from fastbert.data.copies import Seen
 from fastbert.data.dataset import TokenDataset, open_dataset
-from fastbert.data.documents import Chunk, read_documents
+from fastbert.data.documents import read_documents
 from fastbert.data.encode import LONGEST_SENTENCE, ChunkEncoder, hash_text
 from fastbert.data.prepare import prepare
 from fastbert.data.sentences import split_sentences
-from fastbert.data.sources import Source
 from fastbert.data.split import Split
 from fastbert.data.tokenizer import load_tokenizer
 from fastbert.errors import InputError
@@ -289,19 +288,6 @@ def test_little_text_is_held_out_too(tmp_path: Path, count: int, heldout: int) -
     assert all(
         open_dataset(tmp_path / "half").split(name).documents for name in ("train", "heldout")
     )
-
-
-def test_sample_for_the_vocabulary() -> None:
-    for count, kept in [
-        (10, range(10)),
-        (11, range(0, 11, 2)),
-        (100, range(0, 100, 16)),
-        (1, range(1)),
-    ]:
-        chunks = [Chunk(Source(Path("x"), "txt", ""), b"0123456789", i, 0, 0) for i in range(count)]
-        assert [chunk.line for chunk in vocabulary_task.spread(chunks, 100)] == list(kept)
-    large = Chunk(Source(Path("x"), "txt", ""), b"0" * 1000, 1, 0, 0)
-    assert vocabulary_task.spread([large], 100) == [large]
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from fastbert.errors import InputError
 _AHEAD = 2
 
 # What `make` returned in this process, for one job at a time.
-_made: dict[str, Callable[[int], Any]] = {}
+_made: dict[str, Callable[[Any], Any]] = {}
 
 
 def check_ray() -> None:
@@ -27,9 +27,9 @@ def check_ray() -> None:
 
 
 def map_on_ray(
-    make: Callable[..., Callable[[int], Any]],
+    make: Callable[..., Callable[[Any], Any]],
     arguments: tuple[Any, ...],
-    numbers: Sequence[int],
+    numbers: Sequence[Any],
     address: str | None = None,
 ) -> Generator[Any]:
     """Apply `make(*arguments)` to numbers on a cluster and yield the results in order.
@@ -39,7 +39,7 @@ def map_on_ray(
 
     Args:
         make, arguments: picklable.
-        numbers: the items.
+        numbers: the items, picklable.
         address: of the cluster; by default that of the environment, or a new local one.
 
     Raises:
@@ -85,7 +85,7 @@ def map_on_ray(
             ray.shutdown()
 
 
-def _apply(key: str, shared: tuple[Any, tuple[Any, ...], str], number: int) -> Any:
+def _apply(key: str, shared: tuple[Any, tuple[Any, ...], str], number: Any) -> Any:
     """Run one task in a process of Ray's. An InputError is returned, as it is no failure of Ray."""
     if key not in _made:
         make, arguments, folder = shared

@@ -9,10 +9,10 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import io
 import json
 import os
 import secrets
-import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +23,7 @@ import numpy as np
 from fastbert.durable import sealed, sync, unsealed
 from fastbert.errors import InputError
 
+_DIGEST = 32  # bytes of a SHA-256
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -68,23 +69,26 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 
 def write_arrays(path: Path, facts: dict[str, Any], **arrays: np.ndarray) -> None:
-    """Publish arrays, and facts that JSON can hold."""
+    """Publish arrays, and facts that JSON can hold, as an .npz file with its SHA-256 behind it."""
     text = np.frombuffer(json.dumps(facts).encode(), np.uint8)
-    with publish(path) as new, open(new, "wb") as file:
-        np.savez(file, allow_pickle=False, **{**arrays, "facts": text})
+    buffer = io.BytesIO()
+    np.savez(buffer, allow_pickle=False, **{**arrays, "facts": text})
+    data = buffer.getvalue()
+    with publish(path) as new:
+        new.write_bytes(data + hashlib.sha256(data).digest())
 
 
 def read_arrays(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]] | None:
-    """Return what `write_arrays` wrote; None where it is missing or damaged.
-
-    The file is a zip archive, which has a checksum of each of its members.
-    """
+    """Return what `write_arrays` wrote; None where it is missing or damaged."""
     try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-        return json.loads(arrays.pop("facts").tobytes()), arrays
-    except (FileNotFoundError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        data = path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
         return None
+    if hashlib.sha256(data[:-_DIGEST]).digest() != data[-_DIGEST:]:
+        return None
+    with np.load(io.BytesIO(data[:-_DIGEST]), allow_pickle=False) as file:
+        arrays = {name: file[name] for name in file.files}
+    return json.loads(arrays.pop("facts").tobytes()), arrays
 
 
 class ArrayFile:
