@@ -9,6 +9,7 @@ ranks, so there is no state to save.
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -18,6 +19,7 @@ import torch
 from fastbert.config import ObjectiveConfig, RunConfig
 from fastbert.data.dataset import TokenDataset
 from fastbert.data.examples import Examples, Spans
+from fastbert.data.lanes import Facts, lanes_for
 from fastbert.data.masking import Masking, selected_counts
 from fastbert.data.packing import PackedBatch, pack, pack_texts
 from fastbert.data.padding import pad
@@ -86,8 +88,8 @@ class Batches:
         Raises:
             InputError: it is damaged.
         """
-        stretch, first = self._first(step)
-        self._packers[stretch.phase, stretch.era].stream.draw(np.array([first]))
+        _, first = self._first(step)
+        self._packer_of(step).stream.draw(np.array([first]))
 
     def sequences(self, step: int) -> int:
         """Return the number of examples of a step."""
@@ -126,13 +128,51 @@ class Batches:
             InputError: as `check`.
         """
         self.check(world)
+        spans = self.draw(step)
+        masked, pairs = self._packer_of(step).totals(spans)
+        return self.pack(step, spans, Facts(masked, pairs, at_once), rank, world, at_once)
+
+    def draw(self, step: int, lane: int = 0, lanes: int = 1) -> Spans:
+        """Return the examples of a lane of a step; see lanes.py."""
         stretch, first = self._first(step)
-        packer = self._packers[stretch.phase, stretch.era]
-        batch = self.timetable.phases[stretch.phase].config.batch
-        spans = packer.stream.draw(np.arange(first, first + stretch.sequences))
-        limit = max(batch.micro_batch_tokens // at_once, batch.max_length)
-        packs = share_out(spans.lengths, world * at_once, limit)[rank::world]
-        return packer.packs(spans, packs)
+        begin, end = (first + stretch.sequences * n // lanes for n in (lane, lane + 1))
+        return self._packer_of(step).stream.draw(np.arange(begin, end))
+
+    def facts(self, step: int, spans: Spans, ranks: int, at_once: int = 1) -> Facts:
+        """Return what the packs of these examples depend on, shared by so many ranks."""
+        bins = share_out(spans.lengths, ranks * at_once, self._limit(step, at_once))
+        return Facts(*self._packer_of(step).totals(spans), len(bins) // ranks)
+
+    def pack(
+        self, step: int, spans: Spans, facts: Facts, rank: int, ranks: int, at_once: int = 1
+    ) -> list[PackedBatch]:
+        """Return a rank's packs of the examples of its lane.
+
+        Args:
+            step: counted from 0.
+            spans: of the lane.
+            facts: of the whole step; a rank gets as many packs as they say, or more where its lane
+                needs more.
+            rank, ranks: which rank of the lane, and how many it has.
+            at_once: as in `step`.
+        """
+        limit, packs = self._limit(step, at_once), facts.packs // at_once
+        bins = share_out(spans.lengths, ranks * at_once, limit, packs)
+        return self._packer_of(step).packs(spans, bins[rank::ranks], facts.masked, facts.pairs)
+
+    def lanes(self, world: int) -> int:
+        """Return the number of lanes, the same in all phases; see lanes.py."""
+        common = math.gcd(*(stretch.sequences for stretch in self.timetable.stretches))
+        return lanes_for(world, common)
+
+    def _limit(self, step: int, at_once: int) -> int:
+        """Tokens of a pack, at most."""
+        batch = self.timetable.phases[self.timetable.at(step).phase].config.batch
+        return max(batch.micro_batch_tokens // at_once, batch.max_length)
+
+    def _packer_of(self, step: int) -> _Packer:
+        stretch = self.timetable.at(step)
+        return self._packers[stretch.phase, stretch.era]
 
     def _first(self, step: int) -> tuple[Stretch, int]:
         """Return the stretch of a step, and the number of the step's first example there."""
@@ -168,7 +208,8 @@ def heldout_batches(dataset: TokenDataset, config: RunConfig, sequences: int) ->
     )
     spans = examples.draw(0, np.arange(min(sequences, len(examples))))
     packer = _Packer(dataset, Epochs(examples), objective)
-    return packer.packs(spans, share_out(spans.lengths, 1, config.batch.micro_batch_tokens))
+    bins = share_out(spans.lengths, 1, config.batch.micro_batch_tokens)
+    return packer.packs(spans, bins, *packer.totals(spans))
 
 
 class _Packer:
@@ -188,15 +229,21 @@ class _Packer:
         self.masking = Masking(dataset, objective)
         self.stream = stream
 
-    def packs(self, spans: Spans, packs: list[np.ndarray]) -> list[PackedBatch]:
+    def totals(self, spans: Spans) -> tuple[int, int]:
+        """Return the masked tokens of these examples, and how many are pairs."""
+        masked = int(selected_counts(spans.ordinary, self.objective).sum())
+        return masked, int((spans.labels >= 0).sum())
+
+    def packs(
+        self, spans: Spans, packs: list[np.ndarray], masked_total: int, pairs_total: int
+    ) -> list[PackedBatch]:
         """Return one batch for each array of positions in `spans`.
 
         Args:
-            spans: the examples of the whole step.
+            spans: examples.
             packs: positions in `spans`, one array for each batch.
+            masked_total, pairs_total: masked tokens and pairs of the whole step.
         """
-        masked_total = int(selected_counts(spans.ordinary, self.objective).sum())
-        pairs_total = int((spans.labels >= 0).sum())
         return [self._pack(spans.take(order), masked_total, pairs_total) for order in packs]
 
     def _pack(self, spans: Spans, masked_total: int, pairs_total: int) -> PackedBatch:
@@ -221,7 +268,7 @@ class _Packer:
         return packed.pinned() if torch.cuda.is_available() else packed
 
 
-def share_out(lengths: np.ndarray, world: int, limit: int) -> list[np.ndarray]:
+def share_out(lengths: np.ndarray, world: int, limit: int, least: int = 1) -> list[np.ndarray]:
     """Share sequences out over world * packs bins, with as few packs per rank as possible.
 
     No bin gets more than `limit` tokens. The longest sequences are placed first, each into the bin
@@ -232,6 +279,7 @@ def share_out(lengths: np.ndarray, world: int, limit: int) -> list[np.ndarray]:
         lengths: int64 [B], tokens; none above `limit`.
         world: number of ranks.
         limit: tokens.
+        least: packs per rank, at least.
 
     Returns:
         world * packs arrays of positions, int64; rank r takes every world-th array from r on.
@@ -240,7 +288,7 @@ def share_out(lengths: np.ndarray, world: int, limit: int) -> list[np.ndarray]:
     first).
     """
     order = np.argsort(-lengths, kind="stable")
-    bins = world * max(1, -(-int(lengths.sum()) // (world * limit)))
+    bins = world * max(least, -(-int(lengths.sum()) // (world * limit)))
     if bins == 1:
         return [order]
     while True:
