@@ -23,6 +23,7 @@ from types import NoneType
 from typing import Any
 
 from fastbert import config as recipe
+from fastbert.recipe import toml_value
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -107,28 +108,33 @@ def as_page(path: Path) -> str:
 def recipe_keys() -> str:
     """Every key of a recipe as a table for each section, from the dataclasses of config.py."""
     meanings = tomllib.loads((DOCS / "reference/keys.toml").read_text(encoding="utf-8"))
-    hints = typing.get_type_hints(recipe.RunConfig)
-    sections = {n: hint for n, hint in hints.items() if n in meanings and n in SECTIONS}
-    parts = ["## Top level\n", _table(recipe.RunConfig, meanings, sections)]
-    for name in sections:
+    parts = ["## Top level\n", _table(recipe.RunConfig, meanings, SECTIONS)]
+    for name in SECTIONS:
         for title, section in SECTIONS[name].items():
             description = (section.__doc__ or "").strip()
             if description.startswith(f"{section.__name__}("):  # written by dataclass itself
                 description = ""
             parts += [f"## {title}\n", *([_paragraphs(description)] if description else [])]
-            parts.append(_table(section, meanings[name], {}))
+            parts.append(_table(section, meanings[name]))
     return "\n".join(parts)
 
 
 def sections() -> dict[str, dict[str, Any]]:
-    """The classes of each section of a recipe by their titles; [model] has two."""
+    """The classes of each section of a recipe by their titles; [model] has two.
+
+    The tables of a list of sources are under the name "source".
+    """
     found = {
         name: {f"[{name}]": hint}
         for name, hint in typing.get_type_hints(recipe.RunConfig).items()
         if dataclasses.is_dataclass(hint)
     }
     models = {f'[model] with type = "{kind}"': cls for kind, cls in recipe.MODELS.items()}
-    return {"model": models, **found}
+    lists = {
+        "phase": {"[[phase]]": recipe.PhaseConfig},
+        "source": {"data as a list of tables, [[data]]": recipe.SourceConfig},
+    }
+    return {"model": models, **found, **lists}
 
 
 SECTIONS = sections()
@@ -138,15 +144,26 @@ def _paragraphs(text: str) -> str:
     return "\n".join(line.strip() for line in text.splitlines()) + "\n"
 
 
-def _table(section: Any, meanings: dict[str, str], leave_out: dict[str, Any]) -> str:
-    hints = typing.get_type_hints(section)
+def _table(section: Any, meanings: dict[str, Any], leave_out: typing.Collection[str] = ()) -> str:
     rows = ["| key | value | default | meaning |", "|---|---|---|---|"]
+    return "\n".join([*rows, *_rows(section, meanings, leave_out, "")]) + "\n"
+
+
+def _rows(
+    section: Any, meanings: dict[str, Any], leave_out: typing.Collection[str], prefix: str
+) -> list[str]:
+    hints, rows = typing.get_type_hints(section), list[str]()
     for item in recipe.settings_of(section):
-        if item.name not in leave_out:
-            default = _default(item.default)
-            value = _value(item, hints[item.name])
-            rows.append(f"| `{item.name}` | {value} | {default} | {meanings[item.name]} |")
-    return "\n".join(rows) + "\n"
+        if item.name in leave_out:
+            continue
+        hint, key = hints[item.name], f"{prefix}{item.name}"
+        inner = [kind for kind in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(kind)]
+        if inner:
+            rows += _rows(inner[0], meanings[item.name], (), f"{key}.")
+        else:
+            value = _value(item, hint)
+            rows.append(f"| `{key}` | {value} | {_default(item.default)} | {meanings[item.name]} |")
+    return rows
 
 
 def _default(value: Any) -> str:
@@ -154,7 +171,7 @@ def _default(value: Any) -> str:
         return "required"
     if value is None:
         return "none"
-    return f"`{recipe.toml_value(value)}`"
+    return f"`{toml_value(value)}`"
 
 
 def _value(item: dataclasses.Field[Any], hint: Any) -> str:
@@ -163,6 +180,10 @@ def _value(item: dataclasses.Field[Any], hint: Any) -> str:
         return ", ".join(f'`"{word}"`' for word in options)
     kinds = [kind for kind in typing.get_args(hint) or (hint,) if kind is not NoneType]
     names = {int: "whole number", float: "number", str: "text", bool: "`true` or `false`"}
+    if item.name == "weights":
+        return '`"size^E"` with E from 0 to 1, or a number of at least 0 for each source'
+    if item.name == "data":
+        return "text, or a list of tables"
     if typing.get_origin(hint) is tuple:
         return "two numbers of at least 0 and below 1"
     text = names[kinds[0]]

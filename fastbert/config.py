@@ -437,19 +437,26 @@ class RunConfig:
 
     @property
     def largest(self) -> RunConfig:
-        """The settings with the largest batch, length and mask rate of any phase."""
-        batches = [self.batch, *(self.in_phase(phase).batch for phase in self.phase)]
-        rates = [self.objective, *(self.in_phase(phase).objective for phase in self.phase)]
-        return replace(
-            self,
-            batch=replace(
-                self.batch,
-                max_length=max(batch.max_length for batch in batches),
-                sequences=max(batch.sequences for batch in batches),
-            ),
-            objective=replace(self.objective, mask_rate=max(rate.mask_rate for rate in rates)),
-            phase=(),
-        )
+        """The settings of the phase with the largest steps, and the highest mask rate of any."""
+        phases = self._phases
+
+        def size(config: RunConfig) -> tuple[int, int]:
+            return config.batch.sequences * config.batch.max_length, config.batch.max_length
+
+        most = max(phases, key=size)
+        rate = max(of.objective.mask_rate for of in phases)
+        return replace(most, objective=replace(self.objective, mask_rate=rate))
+
+    @property
+    def longest(self) -> int:
+        """The longest max_length of any phase, in tokens."""
+        return max(of.batch.max_length for of in self._phases)
+
+    @property
+    def _phases(self) -> list[RunConfig]:
+        """The settings of each phase, and those after the last one."""
+        rest = [] if self.phase and not self.phase[-1].has_end else [replace(self, phase=())]
+        return [*map(self.in_phase, self.phase), *rest]
 
     def in_phase(self, phase: PhaseConfig) -> RunConfig:
         """The settings while a phase lasts; its end, warm-up and schedule are not among them."""

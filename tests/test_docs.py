@@ -31,7 +31,7 @@ import typer.main
 from tiny_bert import make_hugging_face_folder
 
 from fastbert import cli
-from fastbert.config import RunConfig, settings_of
+from fastbert.config import RunConfig, SourceConfig, settings_of
 from fastbert.recipe import load_config, parse_config
 from tests.tiers import slow
 
@@ -321,19 +321,38 @@ def test_links_and_documented_names_exist(name):
         pkgutil.resolve_name(documented)
 
 
+def keys_of(section: typing.Any) -> typing.Iterator[str]:
+    """The keys of a section, also of the sections in it, such as "batch.sequences" of a phase."""
+    hints = typing.get_type_hints(section)
+    for item in settings_of(section):
+        kinds = (hints[item.name], *typing.get_args(hints[item.name]))
+        inner = [kind for kind in kinds if dataclasses.is_dataclass(kind)]
+        names = [f"{item.name}.{key}" for kind in inner for key in keys_of(kind)]
+        yield from names or [item.name]
+
+
+def flat(table: dict[str, typing.Any]) -> set[str]:
+    """The dotted keys of a table and of the tables in it."""
+    return {
+        f"{name}.{key}" if key else name
+        for name, of in table.items()
+        for key in (flat(of) if isinstance(of, dict) else [""])
+    }
+
+
 def test_every_recipe_key_has_a_meaning():
     """The page of recipe keys has a sentence on each key of config.py, and on no other."""
     path = ROOT / "docs/reference/keys.toml"
     meanings = tomllib.loads(path.read_text(encoding="utf-8"))
     hints = typing.get_type_hints(RunConfig)
-    known: dict[str, set[str]] = {"": set()}
+    known: dict[str, set[str]] = {"": set(), "source": set(keys_of(SourceConfig))}
     for item in settings_of(RunConfig):
         classes = [hints[item.name], *typing.get_args(hints[item.name])]
         if sections := [cls for cls in classes if dataclasses.is_dataclass(cls)]:
-            known[item.name] = {key.name for cls in sections for key in settings_of(cls)}
+            known[item.name] = {key for cls in sections for key in keys_of(cls)}
         else:
             known[""].add(item.name)
-    described = {name: set(of) for name, of in meanings.items() if isinstance(of, dict)}
+    described = {name: flat(of) for name, of in meanings.items() if isinstance(of, dict)}
     described[""] = set(meanings) - set(described)
     assert described == known
     spec = importlib.util.spec_from_file_location("docs_hooks", ROOT / "docs/hooks.py")

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
+from fastbert.data.block_table import COUNTS
 from fastbert.data.dataset import TokenDataset
-from fastbert.data.manifest import COUNTS, Counts, token_dtype
+from fastbert.data.manifest import Counts, token_dtype
 from fastbert.data.shard_split import ShardSplit
 from fastbert.data.shards import ShardWriter
 from fastbert.data.split import Split

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from fastbert.config import BertConfig, ObjectiveConfig, RunConfig
+from fastbert.config import BertConfig, ObjectiveConfig
 from fastbert.data.dataset import TokenDataset, open_dataset
 from fastbert.data.examples import Examples
 from fastbert.data.manifest import SPLITS
@@ -255,7 +255,8 @@ def _hours(dataset: TokenDataset, advice: Advice, device: torch.device) -> dict[
     gpu, here = _this_device(device)
     hours = dict[str, float | None]()
     for name in packaged_recipes():
-        config: RunConfig = load_config(name, {"data": dataset.path})
+        # A mixture is counted as if all of it were this text.
+        config = replace(load_config(name), data=str(dataset.path), weights=None)
         if isinstance(config.model, BertConfig):  # a ModernBERT has one kind of objective
             kind = advice.config.objective.kind
             config = replace(config, objective=replace(config.objective, kind=kind))

@@ -326,8 +326,7 @@ def plan(
     vocab_size, lengths, epoch, assumptions = _examples(config, vocab_size, mean_length, datasets)
     if phases:
         assumptions.append(
-            f"a step with the largest batch and length of its {phases} phases, so time and cost "
-            "are upper bounds where stop.steps ends the run"
+            f"all steps are like those of the largest of its {phases} phases, in tokens a step"
         )
 
     P, muon = count_parameters(config.model, vocab_size), config.optimizer.name == "muon"

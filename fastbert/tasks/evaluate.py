@@ -149,7 +149,7 @@ def evaluate(
     _check_vocabulary(pretrained, dataset)
     if recipe.phase:
         # A phase with longer sequences may not have begun.
-        longest = min(recipe.largest.batch.max_length, pretrained.max_length)
+        longest = min(recipe.longest, pretrained.max_length)
         recipe = replace(recipe, batch=replace(recipe.batch, max_length=longest))
     if NSP not in pretrained.heads:
         recipe = replace(recipe, objective=replace(recipe.objective, kind="mlm"))

@@ -232,7 +232,7 @@ def _introduce(setup: Setup, group: Group, engine: Engine, monitor: Monitor, cor
         f"ZeRO stage {engine.stage}, {cores} threads{at_once}"
     )
     positions = setup.config.model.max_position_embeddings
-    longest = max(setup.trained_length, setup.config.largest.batch.max_length)
+    longest = max(setup.trained_length, setup.config.longest)
     if longest < positions:
         monitor.say(
             f"note: batch.max_length = {longest}: the model will read texts of {longest} tokens at "
