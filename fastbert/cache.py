@@ -15,6 +15,7 @@ import os
 import re
 import secrets
 import shutil
+import socket
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,15 +24,35 @@ from fastbert.errors import InputError
 
 FOLDER, LIMIT = "FASTBERT_CACHE", "FASTBERT_CACHE_GB"  # environment variables
 LIMIT_GB = 200.0
+NETWORK_DISKS = {
+    *("nfs", "nfs4", "lustre", "cifs", "smb3", "ceph", "gpfs", "beegfs", "glusterfs", "9p", "afs"),
+    *("fuse.sshfs", "fuse.juicefs", "fuse.glusterfs", "fuse.ceph", "fuse.gcsfuse", "fuse.s3fs"),
+}
 WAIT_S = 0.2  # between two looks at another process's lock
 _PARTIAL, _LOCK = ".partial", ".lock"
 _held: dict[Path, int] = {}  # copies that this process uses, with the descriptor of their lock
 
 
 def cache_folder() -> Path:
-    """The folder of all copies; the variable may name others, such as $SLURM_JOB_ID."""
+    """The folder of all copies; the variable may name others, such as $SLURM_JOB_ID.
+
+    On a network disk, whose locks may hold on one machine only, each machine has a folder of its
+    own.
+    """
     text = os.path.expandvars(os.environ.get(FOLDER) or "~/.cache/fastbert")
-    return Path(text).expanduser().absolute()
+    folder = Path(text).expanduser().absolute()
+    return folder / socket.gethostname() if _kind_of_disk(folder) in NETWORK_DISKS else folder
+
+
+def _kind_of_disk(folder: Path) -> str:
+    """The type of the file system at a path, by the longest mount point above it; "" if unknown."""
+    found = ("", "")
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/mounts").read_text("utf-8", "replace").splitlines():
+            _, point, kind, *_ = line.split(" ")
+            if (Path(point) in (folder, *folder.parents)) and len(point) >= len(found[0]):
+                found = point, kind
+    return found[1]
 
 
 class Copy:
@@ -106,7 +127,7 @@ def workspace(kind: str) -> Iterator[Path]:
         if re.fullmatch(r"[0-9a-f]{16}", name):
             with contextlib.suppress(OSError):
                 lock = os.open(folder / name, os.O_RDONLY)
-                if _try_lock(lock, fcntl.LOCK_EX):
+                if _try_lock(lock, fcntl.LOCK_EX, without=False):
                     shutil.rmtree(folder / name, ignore_errors=True)
                 os.close(lock)
     # Locked before it gets the name by which others find it.
@@ -122,12 +143,12 @@ def workspace(kind: str) -> Iterator[Path]:
         os.close(lock)
 
 
-def _try_lock(descriptor: int, kind: int) -> bool:
-    """Lock a file if that is possible now; on a disk without locks it always seems to be."""
+def _try_lock(descriptor: int, kind: int, without: bool = True) -> bool:
+    """Lock a file if that is possible now; return `without` on a disk that has no locks."""
     try:
         fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
     except OSError as error:
-        return error.errno not in (errno.EWOULDBLOCK, errno.EACCES)
+        return without and error.errno not in (errno.EWOULDBLOCK, errno.EACCES)
     return True
 
 
@@ -148,7 +169,7 @@ def _make_room(needed: int) -> None:
             break
         lock = os.open(f"{path}{_LOCK}", os.O_RDWR | os.O_CREAT, 0o600)
         # A copy of ours is locked through another descriptor.
-        if path not in _held and _try_lock(lock, fcntl.LOCK_EX):
+        if path not in _held and _try_lock(lock, fcntl.LOCK_EX, without=False):
             shutil.rmtree(path, ignore_errors=True)
             used -= size
         os.close(lock)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -145,3 +146,14 @@ def test_a_workspace_goes_with_its_process(place):
         with workspace("runs") as other:
             assert mine.exists() and other.exists() and not left.exists()
     assert list((place / "runs").iterdir()) == []
+
+
+def test_machines_that_share_a_disk_have_folders_of_their_own(place, monkeypatch):
+    """The locks of a network disk may hold on one machine only."""
+    assert cache.cache_folder() == place
+    for kind in ("nfs4", "lustre"):
+        monkeypatch.setattr(cache, "_kind_of_disk", lambda folder, kind=kind: kind)
+        assert cache.cache_folder() == place / socket.gethostname()
+    monkeypatch.undo()
+    kind = subprocess.check_output(["stat", "-f", "-c", "%T", "/proc"], text=True).strip()
+    assert cache._kind_of_disk(Path("/proc/self")) == kind == "proc"

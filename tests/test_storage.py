@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from fastbert import storage
+from fastbert.config import load_config
 from fastbert.errors import InputError
 from fastbert.storage import Entry, Url, is_url, place
 from tests.ranks import environment
@@ -135,6 +136,15 @@ def test_requests_that_fail_are_made_again(proxy, kind, tmp_path):
     assert faults.left == 0 and (tmp_path / "back").read_bytes() == DATA
 
 
+def test_a_store_that_stops_answering_is_asked_again(proxy, monkeypatch):
+    monkeypatch.setattr(storage, "REQUEST_S", 1.0)
+    storage._file_system.cache_clear()
+    at = Url(f"s3://{BUCKET}/held")
+    storage.write(at, DATA)
+    proxy.fault = faults = Faults("hold", 1, "GET")
+    assert storage.fetch_range(at, 0, len(DATA)) == DATA and faults.left == 0
+
+
 def test_an_answer_that_is_lost_does_not_lose_the_object(proxy):
     """The put succeeds, its answer is lost, and the next attempt finds an object of ours."""
     proxy.fault = faults = Faults("lose", 1, "PUT .*mine")
@@ -206,3 +216,8 @@ def test_places_keep_their_slashes():
     with pytest.raises(InputError) as error:
         place("s3://key:secret@b/x")
     assert "secret" not in str(error.value)
+    with pytest.raises(InputError, match=r"overrides: run: s3://\.\.\.@b: credentials") as error:
+        load_config({"data": "d"}, {"run": "s3://key:secret@b/x"})
+    assert "secret" not in str(error.value)
+    config = load_config({"data": "s3://b/d/"}, ["run=gs://b/run"])
+    assert (config.data, config.run) == ("s3://b/d", "gs://b/run")
