@@ -275,6 +275,22 @@ def test_bad_input_is_said_before_anything_is_written(lab, proxy, tmp_path):
     assert storage.names(trial.url / OWNERS) == ["00000001"]
 
 
+def test_a_run_that_left_no_checkpoint_begins_anew(lab, proxy, tmp_path):
+    """Its records make room, and what somebody else has put beside them stays."""
+    trial = BucketTrial(tmp_path / "a", proxy, lab.dataset)
+    with trial.start(FASTBERT_FAILPOINT="publishing@1") as ranks:
+        assert ranks.wait() == [-9]
+    assert trial.published == [] and len(trial.steps) >= 3
+    storage.write(trial.url / "notes.md", b"mine")
+    events = [e.name for e in storage.objects(trial.url / "tensorboard")]
+    trial.machine = "second"
+    out = trial.resume()
+    assert any("no checkpoint to resume from; starting from the beginning" in line for line in out)
+    equal(trial, lab.undisturbed(1, 0))
+    assert storage.read(trial.url / "notes.md") == b"mine"
+    assert not {e.name for e in storage.objects(trial.url / "tensorboard")} & set(events)
+
+
 def test_a_run_in_a_bucket_by_its_url(lab, proxy, dataset_url, tmp_path, monkeypatch, capsys):
     """From Python, and by commands; what is read is copied to this machine once."""
     monkeypatch.setenv("FASTBERT_CACHE", str(tmp_path / "cache"))

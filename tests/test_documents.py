@@ -563,7 +563,7 @@ def broken(tmp_path: Path) -> dict[str, tuple[Path | str, dict[str, str], list[s
             ["g.parquet.gz", "unpack"],
         ),
         "suffix": (write(tmp_path / "a.doc", "x"), {}, ["a.doc", "--format"]),
-        "json suffix": (write(tmp_path / "a.json", "{}"), {}, ["a.json", "--format"]),
+        "json suffix": (write(tmp_path / "a.json", "{}"), {}, ["a.json", "line 1", "no field"]),
         "format": (
             write(tmp_path / "a.txt", "x"),
             {"text_format": "pdf"},

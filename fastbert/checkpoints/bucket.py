@@ -207,9 +207,9 @@ class Bucket:
                         self._uploaded[entry.name] = stamp
 
     def remove_records(self) -> None:
-        """Remove what an unfinished run left that had no checkpoint."""
+        """Remove the records of an earlier start that left no checkpoint, and nothing else."""
         for entry in storage.objects(self.url):
-            if entry.name.split("/")[0] not in (CHECKPOINTS, OWNERS):
+            if entry.name.split("/")[0] in (*RECORDS, "loss.png", "tensorboard"):
                 storage.remove(self.url / entry.name)
 
     def check_owner(self, number: int) -> None:
