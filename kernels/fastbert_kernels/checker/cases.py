@@ -265,7 +265,8 @@ def examine(checked: Check, shape: Shape, dtype: str, kind: str = "") -> Examine
                 if judge is not None and variant.error is None:
                     wrong += judge(variant)[0]
                 findings += _new(wrong, findings, which)
-        if kind in ("", "wrong result") and dtype == checked.dtypes[0]:
+        faulty = any(finding.severity == FAULT for finding in findings)
+        if kind in ("", "wrong result") and dtype == checked.dtypes[0] and not faulty:
             for which, wrong in _one_sided(checked, inputs, dtype, remarks, at):
                 findings += _new(wrong, findings, which)
     launches = first.record.launches if first.record else []
