@@ -322,7 +322,7 @@ def test_both_ways_are_launched_whatever_holds_the_outputs(wrap):
     assert launch_both_ways(lambda x: wrap(Squared.apply(x)), {"x": torch.ones(3)}, None)
     assert called == [torch.Size([3])]
     assert not launch_both_ways(lambda x: wrap(x.detach()), {"x": torch.ones(3)}, None)
-    assert launch_both_ways(wrap, {"x": torch.arange(3)}, None)  # there is none
+    assert launch_both_ways(wrap, {"y": torch.arange(3)}, None)  # there is none
 
 
 def test_a_backward_pass_that_does_not_run_at_a_large_size_is_said():

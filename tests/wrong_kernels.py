@@ -798,6 +798,7 @@ add(
     reference=lambda x: torch.softmax(x, -1),
     shapes=[{"rows": 3, "columns": 50}],
     dtypes=["fp16"],
+    gradients=[],
 )
 
 # ---- what has gone wrong in the field

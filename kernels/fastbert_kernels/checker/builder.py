@@ -418,13 +418,15 @@ class Builder(GpuArithmetic):
         self, argument: Argument, index: np.ndarray, sem: Any, result: TensorHandle
     ) -> TensorHandle:
         """Order programs by an atomic update of one element, as `clocks.py` says."""
-        if index.size != 1 or sem == ir.MEM_SEMANTIC.RELAXED:
+        if index.size != 1:
             return result
         address, program = argument.address + int(index.item()) * argument.size, self.program
         self.spins = self.spins + 1 if self.spinning == (program, address) else 0
         self.spinning = program, address
         if self.spins > SPINS:
             self._deadlock(argument, index)
+        if sem == ir.MEM_SEMANTIC.RELAXED:
+            return result
         if sem != ir.MEM_SEMANTIC.ACQUIRE:
             self.clocks.release(program, address)
         if sem == ir.MEM_SEMANTIC.RELEASE:
