@@ -15,6 +15,7 @@ import torch
 from fastbert.config import ObjectiveConfig, RunConfig
 from fastbert.data.dataset import TokenDataset
 from fastbert.data.examples import Examples, Spans
+from fastbert.data.lanes import Facts
 from fastbert.data.masking import Masking, selected_counts
 from fastbert.data.packing import PackedBatch, pack, pack_texts
 from fastbert.data.padding import pad
@@ -101,11 +102,47 @@ class Batches:
             InputError: as `check`.
         """
         self.check(world)
+        spans = self.draw(step)
+        masked, pairs = self._totals(spans)
+        return self.pack(spans, Facts(masked, pairs, at_once), rank, world, at_once)
+
+    def draw(self, step: int, lane: int = 0, lanes: int = 1) -> Spans:
+        """Return the examples of a lane of a step; see lanes.py."""
+        sequences = self.config.batch.sequences
+        begin, end = (step * sequences + sequences * n // lanes for n in (lane, lane + 1))
+        return self._stream.draw(np.arange(begin, end))
+
+    def facts(self, spans: Spans, ranks: int, at_once: int = 1) -> Facts:
+        """Return what the packs of these examples depend on, shared by so many ranks."""
+        bins = share_out(spans.lengths, ranks * at_once, self._limit(at_once))
+        return Facts(*self._totals(spans), len(bins) // ranks)
+
+    def pack(
+        self, spans: Spans, facts: Facts, rank: int, ranks: int, at_once: int = 1
+    ) -> list[PackedBatch]:
+        """Return a rank's packs of the examples of its lane.
+
+        Args:
+            spans: of the lane.
+            facts: of the whole step; a rank gets as many packs as they say, or more where its lane
+                needs more.
+            rank, ranks: which rank of the lane, and how many it has.
+            at_once: as in `step`.
+        """
+        bins = share_out(
+            spans.lengths, ranks * at_once, self._limit(at_once), facts.packs // at_once
+        )
+        return self._packer.packs(spans, bins[rank::ranks], facts.masked, facts.pairs)
+
+    def _totals(self, spans: Spans) -> tuple[int, int]:
+        """Return the masked tokens of these examples, and how many are pairs."""
+        masked = int(selected_counts(spans.ordinary, self.config.objective).sum())
+        return masked, int((spans.labels >= 0).sum())
+
+    def _limit(self, at_once: int) -> int:
+        """Tokens of a pack, at most."""
         batch = self.config.batch
-        spans = self._stream.draw(np.arange(step * batch.sequences, (step + 1) * batch.sequences))
-        limit = max(batch.micro_batch_tokens // at_once, batch.max_length)
-        packs = share_out(spans.lengths, world * at_once, limit)[rank::world]
-        return self._packer.packs(spans, packs)
+        return max(batch.micro_batch_tokens // at_once, batch.max_length)
 
 
 def heldout_batches(dataset: TokenDataset, config: RunConfig, sequences: int) -> list[PackedBatch]:
@@ -136,7 +173,9 @@ def heldout_batches(dataset: TokenDataset, config: RunConfig, sequences: int) ->
     )
     spans = examples.draw(0, np.arange(min(sequences, len(examples))))
     packer = _Packer(dataset, Epochs(examples), objective)
-    return packer.packs(spans, share_out(spans.lengths, 1, config.batch.micro_batch_tokens))
+    masked = int(selected_counts(spans.ordinary, objective).sum())
+    bins = share_out(spans.lengths, 1, config.batch.micro_batch_tokens)
+    return packer.packs(spans, bins, masked, int((spans.labels >= 0).sum()))
 
 
 class _Packer:
@@ -156,15 +195,16 @@ class _Packer:
         self.masking = Masking(dataset, objective)
         self.stream = stream
 
-    def packs(self, spans: Spans, packs: list[np.ndarray]) -> list[PackedBatch]:
+    def packs(
+        self, spans: Spans, packs: list[np.ndarray], masked_total: int, pairs_total: int
+    ) -> list[PackedBatch]:
         """Return one batch for each array of positions in `spans`.
 
         Args:
-            spans: the examples of the whole step.
+            spans: examples.
             packs: positions in `spans`, one array for each batch.
+            masked_total, pairs_total: masked tokens and pairs of the whole step.
         """
-        masked_total = int(selected_counts(spans.ordinary, self.objective).sum())
-        pairs_total = int((spans.labels >= 0).sum())
         return [self._pack(spans.take(order), masked_total, pairs_total) for order in packs]
 
     def _pack(self, spans: Spans, masked_total: int, pairs_total: int) -> PackedBatch:
@@ -189,7 +229,7 @@ class _Packer:
         return packed.pinned() if torch.cuda.is_available() else packed
 
 
-def share_out(lengths: np.ndarray, world: int, limit: int) -> list[np.ndarray]:
+def share_out(lengths: np.ndarray, world: int, limit: int, least: int = 1) -> list[np.ndarray]:
     """Share sequences out over world * packs bins, with as few packs per rank as possible.
 
     No bin gets more than `limit` tokens. The longest sequences are placed first, each into the bin
@@ -200,6 +240,7 @@ def share_out(lengths: np.ndarray, world: int, limit: int) -> list[np.ndarray]:
         lengths: int64 [B], tokens; none above `limit`.
         world: number of ranks.
         limit: tokens.
+        least: packs per rank, at least.
 
     Returns:
         world * packs arrays of positions, int64; rank r takes every world-th array from r on.
@@ -208,7 +249,7 @@ def share_out(lengths: np.ndarray, world: int, limit: int) -> list[np.ndarray]:
     first).
     """
     order = np.argsort(-lengths, kind="stable")
-    bins = world * max(1, -(-int(lengths.sum()) // (world * limit)))
+    bins = world * max(least, -(-int(lengths.sum()) // (world * limit)))
     if bins == 1:
         return [order]
     while True:

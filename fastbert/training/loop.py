@@ -14,7 +14,7 @@ from fastbert.cluster.group import Group, Interrupted, RankLost, form_group
 from fastbert.cluster.signals import StopRequest
 from fastbert.cluster.watchdog import Watchdog
 from fastbert.config import RunConfig
-from fastbert.data.prefetch import Prefetch
+from fastbert.data.prefetch import STEPS_AHEAD, Prefetch
 from fastbert.errors import InputError
 from fastbert.machine import (
     MOST_PROCESSES,
@@ -185,6 +185,8 @@ def _open_run(setup: Setup, group: Group, watchdog: Watchdog, stop_request: Stop
         _introduce(setup, group, engine, monitor, cores)
         consensus = Consensus(group, watchdog, stop_request, lock, time.monotonic() - state.seconds)
         try:
+            for step in range(state.step, state.step + STEPS_AHEAD) if feed.lanes > 1 else ():
+                feed.settle(step, consensus.agree(True, feed.facts(step)).sums)
             return train(Run(setup, group, consensus, engine, monitor, saver, feed))
         except InputError as error:  # damage in a window of text that was opened during the run
             line = f"run failed: {error}; then {how_to_resume(setup)}"

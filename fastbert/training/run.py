@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from fastbert.cluster.group import Group
 from fastbert.cluster.signals import StopRequest
 from fastbert.cluster.watchdog import Watchdog
 from fastbert.data.packing import PackedBatch
-from fastbert.data.prefetch import Prefetch
+from fastbert.data.prefetch import STEPS_AHEAD, Prefetch
 from fastbert.planning.flops import executed_flops
 from fastbert.training.engine import Engine, NotFinite
 from fastbert.training.heldout import HeldOut
@@ -32,11 +33,13 @@ class Agreement:
         seconds: training time by rank 0's clock.
         stop: some rank was asked to stop.
         written: every rank has written its part of the save in flight.
+        sums: of the numbers that the ranks brought along.
     """
 
     seconds: float
     stop: bool
     written: bool
+    sums: list[float]
 
 
 class Consensus:
@@ -63,17 +66,18 @@ class Consensus:
         # The sum of a single process stays on the CPU, so that it does not wait for the GPU.
         self._device = group.device if group.world > 1 else torch.device("cpu")
 
-    def agree(self, written: bool) -> Agreement:
+    def agree(self, written: bool, numbers: Sequence[float] = ()) -> Agreement:
         """Agree with the other ranks, by one collective.
 
         Args:
             written: this rank has written its part of the save in flight.
+            numbers: to be summed as well; as many on every rank.
         """
         clock = time.monotonic() - self._began if self._group.is_main else 0.0
-        mine = [clock, self.stop_request.asked is not None, not written]
+        mine = [clock, self.stop_request.asked is not None, not written, *numbers]
         total = torch.tensor(mine, dtype=torch.float64, device=self._device)
-        seconds, stop, writing = self._group.sum(total).tolist()
-        return Agreement(seconds, stop > 0, writing == 0)
+        seconds, stop, writing, *sums = self._group.sum(total).tolist()
+        return Agreement(seconds, stop > 0, writing == 0, sums)
 
     def tick(self, what: str) -> None:
         """Record that this rank makes progress, now with `what`."""
@@ -139,7 +143,7 @@ class Run:
         """Take the next batch, and apply its gradient if that is finite."""
         config, state, result = self.setup.config, self.state, None
         self.consensus.tick(f"step {state.step + 1}")
-        _, packs, waited = next(self.feed)
+        number, packs, waited = next(self.feed)
         started = time.perf_counter()
         lr = config.optimizer.lr * factor(config.schedule, self.criteria.scheduled(state))
         try:
@@ -148,7 +152,7 @@ class Run:
             self._found, self._last_applied = None, packs
         except NotFinite as error:
             self._skip(error)
-        self._written = self._agree()
+        self._written = self._agree(number + STEPS_AHEAD)
         self.consensus.check_lock()
         if result is not None:
             seconds = waited + time.perf_counter() - started
@@ -219,13 +223,19 @@ class Run:
         )
         self.diverged = self.state.skipped_in_a_row > self.setup.config.stop.skipped
 
-    def _agree(self) -> bool:
+    def _agree(self, ahead: int | None = None) -> bool:
         """Agree with the other ranks on the time and on stopping.
+
+        Args:
+            ahead: a later step, of which the ranks exchange the facts of their lanes.
 
         Returns:
             Whether all ranks have written their part of the save in flight.
         """
-        agreement = self.consensus.agree(self.saver.written)
+        facts = [] if ahead is None else self.feed.facts(ahead)
+        agreement = self.consensus.agree(self.saver.written, facts)
+        if ahead is not None:
+            self.feed.settle(ahead, agreement.sums)
         self.state.seconds, self.stop = agreement.seconds, agreement.stop
         return agreement.written
 
