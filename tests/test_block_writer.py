@@ -57,8 +57,8 @@ def test_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int, word
     data = path.read_bytes()
     end = 0
     for entry in table:
-        counts = (int(entry[name]) for name in ("documents", "sentences", "tokens"))
-        block = layout(*counts, 2, words).size
+        documents, sentences, tokens = entry["documents"], entry["sentences"], entry["tokens"]
+        block = layout(int(documents), int(sentences), int(tokens), 2, words).size
         place = int(entry["offset"])
         assert place % ALIGNMENT == 0 and not any(data[end:place])
         end = place + block

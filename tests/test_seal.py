@@ -85,6 +85,15 @@ def test_wrong_additions(tmp_path: Path, options: dict[str, Any], words: str) ->
     assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
 
 
+def test_a_changed_tokenizer_gets_no_part(small_dataset: Any, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(small_dataset.path, tmp_path / "copy"))
+    file = copy / "tokenizer/tokenizer.json"
+    file.write_text(file.read_text() + " ")
+    source = write(tmp_path / "a.jsonl", ["One.", "Two."])
+    with pytest.raises(InputError, match=r"tokenizer\.json: not the file that .* names"):
+        prepare([source], copy, add=True, **OPTIONS)
+
+
 def test_format_2_gets_no_part(old_dataset: Any, tmp_path: Path) -> None:
     copy = shutil.copytree(old_dataset.path, tmp_path / "old")
     source = write(tmp_path / "a.jsonl", ["One.", "Two."])

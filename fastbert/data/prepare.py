@@ -43,10 +43,11 @@ from fastbert.data.settle import MissingPiece, Settled, read_settled, settle
 from fastbert.data.sources import find_sources
 from fastbert.data.tokenizer import is_bert, load_tokenizer
 from fastbert.data.unpack import BadRecord
+from fastbert.data.verify import AGAIN
 from fastbert.data.vocabulary import ALGORITHMS, BPE, WORDPIECE, check_vocab_size
 from fastbert.data.vocabulary_task import train_vocabulary
 from fastbert.data.workers import map_in_order
-from fastbert.durable import exit_at_signals, parents_of, unsealed
+from fastbert.durable import exit_at_signals, parents_of, sha256_of, unsealed
 from fastbert.errors import InputError
 from fastbert.machine import usable_cores
 from fastbert.presence import is_folder, status
@@ -483,6 +484,9 @@ def _base(out: Path, options: Options) -> Base | None:
             f"{out / MANIFEST}: not the manifest of a dataset in format 3, which --add needs; "
             "make the dataset again with `fastbert prepare`"
         )
+    tokenizer = out / "tokenizer" / "tokenizer.json"
+    if not tokenizer.is_file() or sha256_of(tokenizer) != manifest["tokenizer_sha256"]:
+        raise InputError(f"{tokenizer}: not the file that {out / MANIFEST} names; {AGAIN}")
     parts = manifest["parts"]
     return Base(
         hashlib.sha256(data).hexdigest(), len(parts), min(part["heldout_below"] for part in parts)

@@ -186,7 +186,7 @@ def file_source(
     """
     if isinstance(path, Path) and not stat.S_ISREG(_mode(path)):
         raise InputError(
-            f"{path}: not a regular file; sources are read twice, so write it to a file first"
+            f"{path}: not a regular file; sources are read in parts, so write it to a file first"
         )
     source = _source(path, text_format, in_folder=False)
     if source is None and (command := ARCHIVES.get(_suffix(path)[0])):
