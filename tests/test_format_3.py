@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from fastbert.config import ObjectiveConfig
 from fastbert.data.block_table import COUNTS
-from fastbert.data.blocks import BLOCK, layout
+from fastbert.data.blocks import BLOCK, BLOCK_BYTES, layout
 from fastbert.data.dataset import TokenDataset, open_dataset
 from fastbert.data.split import Split
+from fastbert.data.window_order import Windows, open_stream
 from fastbert.durable import sealed, sha256_of
 from fastbert.errors import InputError
 from tests.block_dataset import in_blocks
@@ -54,6 +57,29 @@ def test_it_reads_as_the_same_text(small_dataset, original):
     assert original.baselines == small_dataset.baselines
     assert original.special == small_dataset.special
     assert [report.is_file() for report in original.reports] == [True, True]
+
+
+def test_two_files_are_opened_however_many_shards_there_are(small_dataset, tmp_path):
+    """The manifest and the table; and the shards of a window when it is opened."""
+    path = in_blocks(small_dataset, tmp_path / "dataset", 3, 1).path
+    opened, watching = list[str](), [True]
+
+    def hook(event: str, args: tuple[object, ...]) -> None:
+        if event == "open" and watching and str(args[0]).startswith(str(path)):
+            opened.append(Path(str(args[0])).relative_to(path).as_posix())
+
+    sys.addaudithook(hook)  # it stays, and sees nothing when `watching` is empty
+    dataset = open_dataset(path, verify=False)
+    assert len(dataset.blocks["train"]) == len(list(path.glob("part-00000/train-*"))) > 100
+    stream = open_stream(dataset, ObjectiveConfig(kind="mlm"), 64, 1, 8 * BLOCK_BYTES)
+    assert sorted(opened) == ["manifest.json", "part-00000/blocks"]
+    assert isinstance(stream, Windows)
+    stream.draw(np.arange(4))
+    if stream._ahead:
+        stream._ahead.result()
+    watching.clear()
+    shards = {name for name in opened if "train-" in name}
+    assert len(shards) == 16
 
 
 def test_all_bytes_are_verified(copy):

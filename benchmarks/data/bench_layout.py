@@ -8,6 +8,8 @@ tokens; both layouts take turns on the same steps, and must give the same tokens
 
 Opening. A dataset of 10,000 shards of one small block each is opened in a new process, and the
 order by windows is set up. Files opened are counted by an audit hook.
+
+Windows. The CPU time to verify a window, map it and count its examples.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ from fastbert.data.manifest import Counts
 from fastbert.data.shard_split import ShardSplit
 from fastbert.data.split import Split
 from fastbert.data.stream import Epochs
+from fastbert.data.window_order import Windows
 from fastbert.durable import sealed, sha256_of
 
 FILES = (1, 46, 843)
@@ -121,6 +124,20 @@ def look_ups(text: Text, folder: Path, rounds: int) -> None:
             )
 
 
+def windows(text: Text, folder: Path) -> None:
+    """Print the CPU time to verify, map and count a window, and to draw from it."""
+    own = format_3(folder / "windows", pieces(text, 8))
+    stream = Windows(own, ObjectiveConfig(kind="mlm"), 128, 1, 4 * blocks.BLOCK_BYTES, "text")
+    began = time.process_time()
+    opened = stream._open_window(0, 1)
+    seconds = time.process_time() - began
+    size = int(stream.blocks_of(0).layout.size.sum())
+    print(
+        f"a window of {size / 1e6:.0f} MB, {opened.split.documents:,} documents: opened in "
+        f"{seconds:.2f} s of CPU time, {seconds / size * 2**30:.1f} s per GiB"
+    )
+
+
 def many_shards(folder: Path) -> None:
     """Write a dataset of SHARDS shards of one block each."""
     text = random_text(SHARDS * 400)
@@ -205,7 +222,9 @@ def main() -> None:
             text=True,
         )
         print(f"{SHARDS:,} shards: {json.loads(run.stdout)}", flush=True)
-        look_ups(random_text(given.tokens), folder, given.rounds)
+        text = random_text(given.tokens)
+        windows(text, folder)
+        look_ups(text, folder, given.rounds)
 
 
 if __name__ == "__main__":

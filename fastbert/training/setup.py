@@ -603,7 +603,7 @@ def _check_memory(config: RunConfig, vocab_size: int, world: int, recipe: str) -
     for what, needed in (
         # Every process makes the whole model in fp32, with its gradients at the least.
         (f"a model of {parameters:,} parameters", 8 * parameters),
-        # Every rank draws all examples, and reads the tokens of its own.
+        # A rank draws all examples, or those of its lane, and reads the tokens of its own.
         (
             f"batch.sequences = {batch.sequences:,} of {batch.max_length} tokens",
             batch.sequences * (64 + 8 * batch.max_length // world),
