@@ -62,7 +62,7 @@ def trained(
     Returns:
         Losses in nats.
     """
-    data = Path(judge.data)
+    data = Path(judge.sources[0].path)
     settings = {
         "data": data,
         "run": run,
@@ -98,7 +98,7 @@ def trained(
 @torch.no_grad()
 def heldout(run: Path, config: RunConfig) -> HeldOut:
     """Evaluate a run on the held-out examples of a recipe's dataset and objective."""
-    dataset, model = open_dataset(config.data), load(run, "cpu").model.eval()
+    dataset, model = open_dataset(config.sources[0].path), load(run, "cpu").model.eval()
     batches = heldout_batches(dataset, config, EVALUATED)
     mask = dataset.special.mask
     return heldout_means(

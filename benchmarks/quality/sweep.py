@@ -71,7 +71,7 @@ def trained(recipe: Path, run: Path, settings: str, seconds: float) -> Row:
         "parameters": sum(p.numel() for p in pretrained.model.parameters()),
         "steps": last["step"],
         "tokens": last["training_tokens"],
-        "tokens_per_word": tokens_per_word(open_dataset(pretrained.recipe.data)),
+        "tokens_per_word": tokens_per_word(open_dataset(pretrained.recipe.sources[0].path)),
         **{
             key: last[key]
             for key in ("loss_mlm", "loss_mask_token", "accuracy_mlm", "accuracy_nsp")
