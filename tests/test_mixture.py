@@ -242,3 +242,12 @@ def test_a_source_is_used_for_its_epochs_at_most(datasets):
     config = recipe(datasets, data=data)
     with pytest.raises(InputError, match="run of known length"):
         Batches(datasets, replace(config, stop=replace(config.stop, seconds=10.0)))
+
+
+def test_a_bad_example_is_named_by_its_source(datasets):
+    from fastbert.training.monitor import example_name
+
+    (pack, *_) = Batches(datasets, recipe(datasets)).step(0)
+    for example in pack.examples.tolist():
+        source, index = source_of(np.array(example))
+        assert example_name(example, "abc") == f"{'abc'[int(source)]}:{int(index)}"

@@ -566,10 +566,12 @@ def _heldout(config: RunConfig, batches: Batches) -> dict[int, list[HeldOutSourc
 def _as_parent(config: RunConfig, recipe: str, resume: bool) -> RunConfig:
     """Return the recipe of a branch with the sizes of the model that it begins with."""
     assert config.branch_from is not None
-    if resume and checkpoint.exists(Path(config.run)):
-        return config
-    found = open_parent(config.branch_from, recipe)
-    model = parse_config(found.metadata["recipe"], str(found.path)).model
+    resolved = Path(config.run) / "config.toml"
+    if resume and checkpoint.exists(Path(config.run)) and is_file(resolved):
+        model = load_config(resolved).model  # the other run may be gone
+    else:
+        found = open_parent(config.branch_from, recipe)
+        model = parse_config(found.metadata["recipe"], str(found.path)).model
     return with_sizes(replace(config, init=None), model, recipe)
 
 
