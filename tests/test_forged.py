@@ -21,7 +21,7 @@ from fastbert.checkpoints.weight_names import shapes
 from fastbert.data.dataset import TokenDataset
 from fastbert.errors import InputError
 from fastbert.recipe import dump_config, parse_config
-from fastbert.training.setup import Start, open_run
+from fastbert.training.start import Start, open_run
 from fastbert.training.train_state import TrainState
 
 STEP = 7

@@ -31,7 +31,8 @@ from fastbert.training.ending import FAILED, INTERRUPTED, Ending, conclude, how_
 from fastbert.training.engine import Engine
 from fastbert.training.monitor import Monitor
 from fastbert.training.run import Consensus, Run
-from fastbert.training.setup import Setup, set_up, take_folder
+from fastbert.training.run_folder import take_folder
+from fastbert.training.setup import Setup, set_up
 
 # Threads of a run beside those that compute: about ten of torch, gloo and our own, and some spare.
 THREADS = 16

@@ -1,19 +1,14 @@
-"""Sets up a run: finds where it begins, and builds and checks everything that it needs.
-
-A run begins in an empty folder or at the newest valid checkpoint of an earlier start.
-"""
+"""Sets up a run: builds and checks everything that it needs before DeepSpeed is initialized."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import errno
 import hashlib
 import json
 import math
-import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,27 +17,22 @@ import torch
 from torch import Tensor
 
 from fastbert.checkpoints import checkpoint
-from fastbert.checkpoints.bucket import Attempt, Bucket, BucketLock
-from fastbert.checkpoints.checkpoint import WEIGHT, Checkpoint
+from fastbert.checkpoints.checkpoint import Checkpoint
 from fastbert.checkpoints.model_folder import ModelParts, tokenizer_sha256, trained_length
-from fastbert.checkpoints.ownership import CLAIM, LostOwnership, RunLock
-from fastbert.checkpoints.weight_names import check_layers, shapes
+from fastbert.checkpoints.weight_names import shapes
 from fastbert.cluster.group import Group
-from fastbert.config import RunConfig, by_key
+from fastbert.config import RunConfig
 from fastbert.data.batches import Batches, heldout_batches
 from fastbert.data.dataset import TokenDataset
-from fastbert.data.manifest import tokenizer_files
 from fastbert.data.mixture import BLOCK
 from fastbert.data.phases import Position
 from fastbert.data.tokenizer import load_tokenizer
-from fastbert.durable import write_whole
 from fastbert.errors import InputError
 from fastbert.machine import memory_sizes, processes_for
 from fastbert.models.build import Model, build_model
-from fastbert.presence import is_file, is_folder, names_in, status, unreadable
+from fastbert.presence import is_file
 from fastbert.recipe import DEEPSPEED, dump_config, load_config, parse_config
-from fastbert.regular_file import read_bytes
-from fastbert.storage import Url, is_url, objects, place, read
+from fastbert.storage import is_url, objects, place, read
 from fastbert.training.branch import ORIGIN, begin_state, open_parent, origin_in, position_of
 from fastbert.training.ds_config import DeepSpeedSettings, read_ds_config
 from fastbert.training.engine import check_settings
@@ -50,293 +40,11 @@ from fastbert.training.graphs import check_cuda_graphs
 from fastbert.training.heldout import HeldOutSource
 from fastbert.training.initial import open_initial, put, with_sizes
 from fastbert.training.loggers import check_loggers
-from fastbert.training.metrics import read_metrics
-from fastbert.training.optimizer import slots
 from fastbert.training.precision import Precision, resolve_precision
-from fastbert.training.rounds import answering, in_rounds
+from fastbert.training.rounds import answering
+from fastbert.training.start import Start, open_bucket_run, open_run
 from fastbert.training.train_state import StopCriteria, TrainState
 from fastbert.training.verified_dataset import open_sources
-
-# Keys that may differ between a checkpoint and the recipe that resumes it: where files are, when
-# the run ends, what it reports and how it is executed. The keys of NOTED may differ too, since they
-# change no example and no shape, but the change is reported. Any other change would make the second
-# half another experiment than the first.
-FREE = (
-    "data",
-    "run",
-    "branch_from",
-    "model.preset",
-    "stop",
-    "evaluate",
-    "checkpoint",
-    "log",
-    "runtime",
-    "batch.micro_batch_tokens",
-)
-DISK = "lost+found"  # a new disk contains this folder
-SHARED_DISK_S = 20.0  # how long another machine may take to see a new file on a shared disk
-NOTED = (
-    "optimizer.lr",
-    "optimizer.betas",
-    "optimizer.eps",
-    "optimizer.weight_decay",
-    "optimizer.max_grad_norm",
-    "schedule",
-)
-# What a branch of another run may change beside these: what its later examples are.
-BRANCH_NOTED = (
-    "weights",
-    "phase",
-    "objective.mask_rate",
-    "batch.max_length",
-    "batch.sequences",
-)
-BRANCH_FREE = ("init",)
-
-
-@dataclass(frozen=True)
-class Start:
-    """Where a run begins.
-
-    Attributes:
-        run: the run folder on this machine, which may be written to.
-        checkpoint: the checkpoint to resume from; None for a start from the beginning.
-        branches: the checkpoint is that of another run, from which this one branches off.
-        notes: lines for the user, for example on damaged checkpoints that were skipped.
-        bucket: where the run is; None where `run` is the run folder itself.
-    """
-
-    run: Path
-    checkpoint: Checkpoint | None
-    notes: list[str] = field(default_factory=list)
-    branches: bool = False
-    bucket: Bucket | None = None
-
-    @property
-    def place(self) -> str:
-        """The run folder as the user knows it."""
-        return str(self.bucket.url if self.bucket else self.run)
-
-    def close(self) -> None:
-        """Remove what this process needs of a run in a bucket while it runs."""
-        if self.bucket is not None:
-            self.bucket.close()
-
-    def dump(self) -> dict[str, Any]:
-        """Convert to JSON, for the other ranks."""
-        found = self.checkpoint
-        return {
-            "run": str(self.run),
-            "checkpoint": found
-            and {"path": str(found.path), "step": found.step, "metadata": found.metadata},
-            "notes": self.notes,
-            "branches": self.branches,
-        }
-
-    @staticmethod
-    def load(values: dict[str, Any]) -> Start:
-        """Convert back from JSON."""
-        found = values["checkpoint"]
-        return Start(
-            Path(values["run"]),
-            found and Checkpoint(Path(found["path"]), found["step"], found["metadata"]),
-            values["notes"],
-            values["branches"],
-        )
-
-
-def open_bucket_run(
-    config: RunConfig, recipe: str, datasets: Sequence[TokenDataset], resume: bool, group: Group
-) -> Start:
-    """Find where a run in a bucket begins; every rank calls it, and it changes no run.
-
-    Each machine gets a copy of the checkpoint. Arguments and errors as `open_run`.
-    """
-    place = f"{recipe}: run = {config.run!r}"
-    with group.raise_on_all_ranks(), answering():
-        bucket = Bucket(Url(config.run))
-    try:
-        return _open_bucket_run(config, recipe, datasets, resume, group, bucket, place)
-    except BaseException:
-        bucket.close()
-        raise
-
-
-def _open_bucket_run(
-    config: RunConfig,
-    recipe: str,
-    datasets: Sequence[TokenDataset],
-    resume: bool,
-    group: Group,
-    bucket: Bucket,
-    place: str,
-) -> Start:
-    candidates: dict[Attempt, dict[str, int]] = {}
-    with group.raise_on_all_ranks(), answering():
-        if group.is_main:
-            try:
-                bucket.check_folder()
-            except InputError as error:
-                raise InputError(f"{place}: {error}") from None
-            candidates = bucket.checkpoints()
-            if candidates and not resume:
-                raise _resume_is_missing(place)
-            bucket.read_records()
-            if not candidates:
-                _check_nothing_is_lost(bucket.work, place, resume)
-    complaints: list[str] = []
-    while group.broadcast(bool(candidates)):
-        copy = None
-        with group.raise_on_all_ranks(), answering():
-            attempt, manifest = None, None
-            if group.is_main:
-                attempt = next(iter(candidates))
-                manifest = bucket.read_manifest(attempt, candidates.pop(attempt))
-        name, valid = group.broadcast(
-            [attempt.name, not isinstance(manifest, str)] if attempt else None
-        )
-        at = f"{bucket.url}/checkpoints/{name}"
-        if not valid:
-            complaints.append(f"{at}: damaged: {manifest}")
-            continue
-        with group.raise_on_all_ranks(), answering():
-            attempt = Attempt.of(name)
-            assert attempt is not None
-            if not group.is_main:
-                manifest = bucket.read_manifest(attempt, bucket.attempts()[attempt])
-            if isinstance(manifest, str):
-                raise InputError(f"{at}: damaged: {manifest}")
-            assert manifest is not None
-            copy = bucket.copy(attempt, manifest)
-        in_rounds(copy, f"fetching {at}", group)
-        problems = [problem for problem in group.gather(copy.problem) if problem]
-        if problems:
-            complaints.append(f"{at}: damaged: {problems[0]}")
-            continue
-        notes = [*complaints, f"resuming from {at}, the newest valid one"] if complaints else []
-        with group.raise_on_all_ranks():
-            if group.is_main:
-                notes += _check_same_run(config, recipe, datasets, copy.checkpoint)
-        return Start(bucket.work, copy.checkpoint, notes, bucket=bucket)
-    complaints = group.broadcast(complaints)
-    if complaints:
-        raise _none_is_valid(complaints)
-    notes = [_from_the_beginning(config.run)] if resume else []
-    return Start(bucket.work, None, notes, bucket=bucket)
-
-
-def open_run(
-    config: RunConfig, recipe: str, datasets: Sequence[TokenDataset], resume: bool
-) -> Start:
-    """Find where to begin; it writes nothing.
-
-    Args:
-        config: the recipe.
-        recipe: its path, for messages.
-        datasets: those of the run.
-        resume: --resume was given.
-
-    Raises:
-        InputError: the folder is not a run; or a run is there and --resume was not given; or its
-            checkpoints are gone, unreadable or all damaged; or the recipe or the dataset is not the
-            checkpoint's.
-    """
-    run, place = Path(config.run), f"{recipe}: run = {config.run!r}"
-    _check_folder(run, place)
-    if not checkpoint.exists(run):
-        _check_nothing_is_lost(run, place, resume)
-        start = "the beginning" if config.branch_from is None else config.branch_from
-        notes = [_from_the_beginning(run, start)] if resume else []
-        if config.branch_from is None:
-            return Start(run, None, notes)
-        parent = open_parent(config.branch_from, recipe)
-        changes = _check_same_run(config, recipe, datasets, parent, branches=True)
-        return Start(run, parent, [*notes, *changes], branches=True)
-    if not resume:
-        raise _resume_is_missing(place)
-    found, notes = checkpoint.newest_valid(run)
-    if found is None:
-        raise _none_is_valid(notes)
-    if notes:
-        notes = [*notes, f"resuming from {found.place}, the newest valid one"]
-    return Start(run, found, [*notes, *_check_same_run(config, recipe, datasets, found)])
-
-
-def _resume_is_missing(place: str) -> InputError:
-    return InputError(
-        f"{place}: holds a run with checkpoints; "
-        "resume with --resume, or give another folder by run=..."
-    )
-
-
-def _none_is_valid(complaints: list[str]) -> InputError:
-    return InputError(
-        f"{complaints[0]}; no valid checkpoint is left there; "
-        "give another folder by run=... to start a new run"
-    )
-
-
-def _from_the_beginning(run: object, start: str = "the beginning") -> str:
-    return f"{run}: no checkpoint to resume from; starting from {start}"
-
-
-def _check_folder(run: Path, place: str) -> None:
-    """Check that the folder is new or empty, or already is a run.
-
-    Raises:
-        InputError: it is something else.
-    """
-    try:
-        if status(run) is None:
-            return
-        if not is_folder(run):
-            raise InputError("a file; give a folder")
-        # A start that died before it had claimed the folder leaves CLAIM... there. checkpoints/ and
-        # the folder itself may be disks of their own.
-        others = [
-            name
-            for name in names_in(run)
-            if not name.startswith(CLAIM) and name not in (DISK, "checkpoints")
-        ]
-        others += [f"checkpoints/{name}" for name in names_in(run / "checkpoints") if name != DISK]
-        if others and not RunLock.was_claimed(run) and not checkpoint.has_written(run):
-            more = f" and {len(others) - 3} more" if len(others) > 3 else ""
-            raise InputError(
-                f"holds {', '.join(others[:3])}{more}, and is no run; "
-                "give a new or an empty folder by run=..."
-            )
-    except InputError as error:
-        raise InputError(f"{place}: {error}") from None
-
-
-def _check_nothing_is_lost(run: Path, place: str, resume: bool) -> None:
-    """Check that a start from the beginning would delete no records that are still of use.
-
-    Raises:
-        InputError: the records are of a run whose checkpoints are elsewhere, or that is still
-            running.
-    """
-    step, saved, metrics = 0, None, run / "metrics.jsonl"
-    try:
-        for record in read_metrics(metrics):
-            step = max(step, record["step"])
-            # The events "save" and "resume" name a checkpoint.
-            if isinstance(record.get("checkpoint"), str):
-                saved = record["checkpoint"]
-    except OSError as error:
-        raise InputError(f"{place}: {unreadable(metrics, error)}") from None
-    if saved is not None:
-        raise InputError(
-            f"{place}: metrics.jsonl has {step:,} steps and a checkpoint {saved}, but "
-            f"{run / 'checkpoints'} holds none; mount its disk or put the checkpoints back, and "
-            "resume with --resume; or give another folder by run=... to start a new run"
-        )
-    if step and not resume:
-        raise InputError(
-            f"{place}: holds a run of {step:,} steps without a checkpoint, which may be going on; "
-            "if it has ended, --resume starts it from the beginning; "
-            "or give another folder by run=..."
-        )
 
 
 @dataclass(frozen=True)
@@ -654,85 +362,6 @@ def _digest(weights: Mapping[str, Tensor]) -> str:
     return sha.hexdigest()
 
 
-def take_folder(setup: Setup, group: Group) -> RunLock | BucketLock:
-    """Take over the run folder, and write the files that a run begins with.
-
-    Raises:
-        InputError: the folder cannot be made or written, or a rank does not see it.
-    """
-    bucket, token = setup.start.bucket, None
-    with group.raise_on_all_ranks(), answering():
-        if group.is_main:
-            token = _prepare(setup)
-    token = group.broadcast(token)
-    owner = RunLock(setup.start.run, token) if bucket is None else BucketLock(bucket, int(token))
-    with group.raise_on_all_ranks(), answering():
-        deadline = time.monotonic() + SHARED_DISK_S
-        while not owner.holds():
-            if time.monotonic() > deadline:
-                raise InputError(
-                    f"run = {setup.config.run!r}: what rank 0 wrote there does not show here; "
-                    "give a folder on a disk that all machines share"
-                )
-            time.sleep(0.1)
-    if group.is_main and isinstance(owner, BucketLock):
-        owner.watch()
-    return owner
-
-
-def _prepare(setup: Setup) -> str:
-    """Claim the folder, and write the resolved recipe and a copy of the tokenizer.
-
-    With the copy, the run's model can be used when the dataset is gone.
-
-    Returns:
-        The token of the claim.
-    """
-    start, config = setup.start, setup.config
-    tokenizer = {
-        Path(name).name: _read_plain(setup.dataset.path / name)
-        for name in tokenizer_files(setup.dataset.has_words)
-    }
-    try:
-        start.run.mkdir(parents=True, exist_ok=True)
-        if start.bucket is None:
-            token = RunLock.claim(start.run).token
-        else:
-            step = start.checkpoint.step if start.checkpoint else 0
-            token = start.bucket.claim(step).token
-            if start.checkpoint is None:
-                start.bucket.remove_records()
-        write_whole(start.run / "config.toml", dump_config(config).encode())
-        (start.run / "tokenizer").mkdir(exist_ok=True)
-        for name, data in tokenizer.items():
-            write_whole(start.run / "tokenizer" / name, data)
-        if start.bucket is not None:
-            start.bucket.upload_records(int(token))
-        return token
-    except LostOwnership as error:
-        raise InputError(f"{error}; two starts at the same time") from None
-    except OSError as error:
-        raise InputError(
-            f"run = {config.run!r}: {error.filename or start.run} cannot be written: "
-            f"{error.strerror}"
-        ) from None
-
-
-def _read_plain(file: Path) -> bytes:
-    """Read a file that is copied into the run, and may be published with it.
-
-    Links are refused, since a link might name any file of this machine.
-    """
-    try:
-        return read_bytes(file, follow=False)
-    except OSError as error:
-        if error.errno == errno.ELOOP:
-            raise InputError(
-                f"{file}: a link, which is not followed; put the file itself there"
-            ) from None
-        raise unreadable(file, error) from None
-
-
 def _check_same_everywhere(group: Group, facts: dict[str, str]) -> None:
     """Check that these facts are the same on every rank.
 
@@ -754,107 +383,3 @@ def _check_same_everywhere(group: Group, facts: dict[str, str]) -> None:
                     f"{what} {value[:16]} on rank 0 and {other[:16]} on rank {rank}; "
                     "make them equal"
                 )
-
-
-def _check_same_run(
-    config: RunConfig,
-    recipe: str,
-    datasets: Sequence[TokenDataset],
-    found: Checkpoint,
-    branches: bool = False,
-) -> list[str]:
-    """Check that the recipe and the datasets are those of the checkpoint.
-
-    A branch may change more, and may add datasets at the end of the list.
-
-    Returns:
-        A line on each change that is allowed but matters.
-
-    Raises:
-        InputError: they are not.
-    """
-    text = found.metadata.get("recipe")
-    if not isinstance(text, str):
-        raise InputError(f"{found.place}: no recipe in its metadata; take another checkpoint")
-    TrainState.read(found.metadata.get("progress"), str(found.place))
-    before = by_key(parse_config(text, str(found.place)))
-    now = by_key(config)
-    free = (*FREE, *BRANCH_FREE) if branches else FREE
-    keys = dict.fromkeys([*now, *before])
-    changed = [key for key in keys if now.get(key) != before.get(key) and not _among(key, free)]
-    # A dataset that fits one window has the same order whatever the window.
-    windows = now["order.window"], before["order.window"]
-    if all(dataset.windows(window) == 1 for dataset in datasets for window in windows):
-        changed = [key for key in changed if key != "order.window"]
-    other = "start another run by run=..."
-    if not branches:
-        other += ", which may begin here with --branch-from"
-    for key in changed:
-        if not _among(key, (*NOTED, *BRANCH_NOTED) if branches else NOTED):
-            raise InputError(
-                f"{recipe}: {key} = {now.get(key)!r}, but the checkpoint {found.place} "
-                f"was trained with {before.get(key)!r}; set it back, or {other}"
-            )
-    _check_datasets(config, recipe, datasets, found, branches)
-    _check_tensors(config, datasets[0], found)
-    return [
-        f"changed since the checkpoint: {key} was {before.get(key)!r}, now {now.get(key)!r}"
-        for key in changed
-    ]
-
-
-def _check_datasets(
-    config: RunConfig,
-    recipe: str,
-    datasets: Sequence[TokenDataset],
-    found: Checkpoint,
-    branches: bool,
-) -> None:
-    """Check that the datasets are those of the checkpoint, in their order.
-
-    Raises:
-        InputError: one is another one, or missing, or new in a run that is no branch.
-    """
-    before: Any = found.metadata.get("dataset_sha256")
-    digests: list[str] = before if isinstance(before, list) else [before]
-    for i, digest in enumerate(digests):
-        dataset = datasets[i] if i < len(datasets) else None
-        if dataset is None or dataset.sha256 != digest:
-            given = f"data = {config.shown_data!r}"
-            if len(digests) > 1:
-                given = f"data {i + 1} = {str(dataset.path) if dataset else None!r}"
-            raise InputError(
-                f"{recipe}: {given}: not the dataset that {found.path} was trained on; "
-                "give that one, or start another run by run=..."
-            )
-    if len(datasets) > len(digests) and not branches:
-        raise InputError(
-            f"{recipe}: data has {len(datasets)} sources, and {found.path} was trained on "
-            f"{len(digests)}; give those, or start another run by run=... with --branch-from"
-        )
-
-
-def _check_tensors(config: RunConfig, dataset: TokenDataset, found: Checkpoint) -> None:
-    """Check that the checkpoint holds each weight, and each slot of the optimizer, in its shape.
-
-    Raises:
-        InputError: it does not.
-    """
-    tensors = checkpoint.read_all(found.path)
-    check_layers(config.model.num_hidden_layers, len(tensors.get(WEIGHT, ())), str(found.place))
-    wanted = {WEIGHT: shapes(config.model, dataset.vocab_size)}
-    for name, shape in wanted[WEIGHT].items():
-        for slot in slots(config.optimizer, name, shape):
-            wanted.setdefault(slot, {})[name] = shape
-    for slot, named in wanted.items():
-        there = tensors[slot].shapes() if slot in tensors else {}
-        if wrong := sorted(name for name in {*named, *there} if there.get(name) != named.get(name)):
-            raise InputError(
-                f"{found.place}: {slot}/{wrong[0]} is missing or does not have the shape that the "
-                "recipe gives; take another checkpoint"
-            )
-
-
-def _among(key: str, places: tuple[str, ...]) -> bool:
-    """Whether one of the places is the key itself or its section."""
-    return key in places or key.partition(".")[0] in places
