@@ -726,3 +726,34 @@ def test_blocks_do_not_nest():
         sanitize(),
     ):
         pass
+
+
+# ---- atomics that only load, store or wait, of Triton 3.9
+
+
+@triton.jit
+def handed_on_kernel(x_ptr, y_ptr, flag_ptr, SEM: tl.constexpr, POLL: tl.constexpr):
+    program = tl.program_id(0)
+    before = 0.0
+    if program > 0:
+        if POLL:
+            tl.atomic_poll(flag_ptr + program - 1, 1, sem="acquire")
+        else:
+            while tl.atomic_load(flag_ptr + program - 1, sem="acquire") == 0:
+                pass
+        before = tl.load(y_ptr + program - 1)
+    tl.store(y_ptr + program, before + tl.load(x_ptr + program))
+    tl.atomic_store(flag_ptr + program, 1, sem=SEM)
+
+
+@pytest.mark.skipif(not hasattr(tl, "atomic_load"), reason="needs Triton 3.9")
+@pytest.mark.parametrize("poll", [False, True])
+def test_atomics_that_only_load_or_store_order_programs(poll):
+    x, y = torch.arange(5.0), torch.empty(5)
+    flags = torch.zeros(5, dtype=torch.int32)
+    assert not launch(handed_on_kernel, (5,), x, y, flags, SEM="release", POLL=poll)
+    assert torch.equal(y, x.cumsum(0)) and flags.tolist() == [1] * 5
+    faults = launch(handed_on_kernel, (5,), x, y, flags.zero_(), SEM="relaxed", POLL=poll)
+    assert "y_ptr[0] race: loads what program (0, 0, 0) stored" in faults[0]
+    with pytest.raises(interpreter.InterpreterError), sanitize(order="reversed"):
+        handed_on_kernel[(5,)](x, y, flags.zero_(), SEM="release", POLL=poll)

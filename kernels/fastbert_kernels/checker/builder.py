@@ -410,9 +410,11 @@ class Builder(GpuArithmetic):
         argument, index, _ = self._touch(ptr, None, "atomic")
         values = decode(argument.memory.take(index), ptr.get_element_ty())
         matched = values.reshape(ptr.data.shape) == expected.data
-        if timeout_ns is None and not matched.all():
+        if not isinstance(timeout_ns, TensorHandle) and not matched.all():
             self._deadlock(argument, index)
-        return self._synchronised(argument, index, sem, TensorHandle(matched, tl.int1))
+        result = self._synchronised(argument, index, sem, TensorHandle(matched, tl.int1))
+        # Who has waited knows, whether or not it looks at the result.
+        return TensorHandle(result.data, tl.int1)
 
     def _synchronised(
         self, argument: Argument, index: np.ndarray, sem: Any, result: TensorHandle
