@@ -83,13 +83,12 @@ class Batches:
         return self.timetable.steps_per_epoch
 
     def open(self, step: int) -> None:
-        """Open and verify the text that this step begins with.
+        """Open and verify the text that this step needs.
 
         Raises:
             InputError: it is damaged.
         """
-        _, first = self._first(step)
-        self._packer_of(step).stream.draw(np.array([first]))
+        self.draw(step)
 
     def sequences(self, step: int) -> int:
         """Return the number of examples of a step."""
