@@ -201,6 +201,10 @@ def set_up(config: RunConfig, recipe: str, resume: bool, group: Group) -> Setup:
         {
             f"{recipe}: the recipe": hashlib.sha256(dump_config(config).encode()).hexdigest(),
             **{f"data = {str(d.path)!r}: the dataset's manifest": d.sha256 for d in datasets},
+            # Powers of sizes may be rounded differently on another machine.
+            "the timetable of sources and phases": hashlib.sha256(
+                repr((batches.timetable.stretches, batches.timetable.eras)).encode()
+            ).hexdigest(),
             f"{config.runtime.deepspeed or DEEPSPEED.name}: the file": hashlib.sha256(
                 json.dumps(settings.values, sort_keys=True).encode()
             ).hexdigest(),
