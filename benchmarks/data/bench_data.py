@@ -31,6 +31,7 @@ most 8 million tokens; and the loader's own memory.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import itertools
 import json
 import os
@@ -39,6 +40,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -113,31 +115,33 @@ def repeat(text: Path, target: Path, times: int, documents: int | None) -> Path:
 
 
 def check_same_ids(dataset: TokenDataset, rival: Path) -> int:
-    """Compare our two splits with the rival's one, document by document; return their number."""
+    """Check that both sides have the same documents, in any order; return their number."""
     import datasets
 
-    waiting = [_documents(dataset, name) for name in ("train", "heldout")]
-    heads = [next(split, None) for split in waiting]
-    documents = 0
+    splits = [_documents(dataset, name) for name in ("train", "heldout")]
+    ours = Counter(_digest(ids) for split in splits for ids in split)
     rows: Any = datasets.load_from_disk(str(rival))
-    for row in rows:
+    theirs = Counter[bytes]()
+    for number, row in enumerate(rows):
         ids = [token for sentence in row["input_ids"] for token in sentence]
         if not ids:
             continue
-        place = next((i for i, head in enumerate(heads) if head == ids), None)
-        if place is None:
+        theirs[key := _digest(ids)] += 1
+        if theirs[key] > ours[key]:
             raise SystemExit(
-                f"bench_data: document {documents} of {rival} has different ids in {dataset.path}; "
+                f"bench_data: document {number} of {rival} has different ids in {dataset.path}; "
                 "the two sides cannot be compared"
             )
-        heads[place] = next(waiting[place], None)
-        documents += 1
-    if any(head is not None for head in heads):
+    if theirs != ours:
         raise SystemExit(
             f"bench_data: {dataset.path} has documents that are missing in {rival}; "
             "the two sides cannot be compared"
         )
-    return documents
+    return sum(theirs.values())
+
+
+def _digest(ids: list[int]) -> bytes:
+    return hashlib.blake2b(np.array(ids, np.int64).tobytes(), digest_size=16).digest()
 
 
 def _documents(dataset: TokenDataset, name: str) -> Iterator[list[int]]:
