@@ -158,14 +158,14 @@ def _make_room(needed: int) -> None:
     Raises:
         InputError: they do not fit.
     """
-    limit = _limit()
+    most = limit()
     copies = []
     for path in cache_folder().glob("*/*"):
         if path.with_name(f"{path.name}{_LOCK}").is_file():
             copies.append((path.stat().st_mtime, path, _bytes_below(path)))
     used = sum(size for _, _, size in copies)
     for _, path, size in sorted(copies):
-        if used + needed <= limit:
+        if used + needed <= most:
             break
         lock = os.open(f"{path}{_LOCK}", os.O_RDWR | os.O_CREAT, 0o600)
         # A copy of ours is locked through another descriptor.
@@ -173,15 +173,16 @@ def _make_room(needed: int) -> None:
             shutil.rmtree(path, ignore_errors=True)
             used -= size
         os.close(lock)
-    if used + needed > limit:
+    if used + needed > most:
         raise InputError(
             f"{cache_folder()}: no room for {needed / 1e9:,.2f} GB: the limit is "
-            f"{limit / 1e9:,.2f} GB, of which {used / 1e9:,.2f} GB are in use; set {LIMIT} to "
+            f"{most / 1e9:,.2f} GB, of which {used / 1e9:,.2f} GB are in use; set {LIMIT} to "
             f"more, or {FOLDER} to a folder on another disk"
         )
 
 
-def _limit() -> float:
+def limit() -> float:
+    """The bytes that all copies of this machine may have together."""
     text = os.environ.get(LIMIT) or str(LIMIT_GB)
     try:
         limit = float(text)
@@ -197,5 +198,6 @@ def _bytes_below(folder: Path) -> int:
     for place, _, names in os.walk(folder):
         for name in names:
             with contextlib.suppress(OSError):
-                size += os.lstat(os.path.join(place, name)).st_size
+                found = os.lstat(os.path.join(place, name))
+                size += min(found.st_size, found.st_blocks * 512)  # a file may have holes
     return size

@@ -179,6 +179,7 @@ NEED_THE_ENGINE = [
     "fastbert.training.ending",
     "fastbert.training.run",
     "fastbert.training.engine",
+    "fastbert.training.run_folder",
     "fastbert.training.setup",
     "fastbert.training.monitor",
     "fastbert.training.loop",

@@ -14,6 +14,7 @@ import numpy as np
 
 from fastbert.data.blocks import ALIGNMENT, BLOCK, BLOCK_BYTES, Layout, layout, problem
 from fastbert.data.manifest import SPLITS
+from fastbert.data.remote_blocks import Piece, RemoteBlocks
 from fastbert.data.verify import Claim
 
 
@@ -28,6 +29,7 @@ class Blocks:
         width: bytes of a token id.
         words: whether blocks say where words begin.
         vocab: the size of the vocabulary.
+        remote: what fetches the blocks where they may not be on this machine yet.
     """
 
     folder: Path
@@ -36,6 +38,7 @@ class Blocks:
     width: int
     words: bool
     vocab: int
+    remote: RemoteBlocks | None = None
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -71,6 +74,21 @@ class Blocks:
             (self.folder / self.name(i), offset, size)
             for i, (offset, size) in enumerate(zip(offsets, sizes, strict=True))
         ]
+
+    def fetch(self) -> None:
+        """Return when the blocks are on this machine; raises InputError."""
+        if self.remote is not None:
+            self.remote.fetch(self.pieces())
+
+    def drop(self, again: bool = False) -> None:
+        """Free the space of blocks that were fetched; see `RemoteBlocks.drop`."""
+        if self.remote is not None:
+            self.remote.drop(self.pieces(), again)
+
+    def pieces(self) -> list[Piece]:
+        """Return the blocks as bytes of shards."""
+        offsets, sizes = self.entries["offset"].tolist(), self.layout.size.tolist()
+        return [Piece(self.name(i), offsets[i], sizes[i]) for i in range(len(self))]
 
     def claims(self) -> list[Claim]:
         """Return what the table claims about the blocks, for verify.py."""

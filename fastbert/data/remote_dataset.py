@@ -5,11 +5,15 @@ from __future__ import annotations
 import contextlib
 import hashlib
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from fastbert import storage
-from fastbert.cache import Copy, workspace
+from fastbert.cache import Copy, limit, workspace
+from fastbert.data.block_table import Blocks, per_window, read_table
+from fastbert.data.format_3 import TABLE, part_name
+from fastbert.data.remote_blocks import BEHIND, FETCHED, RemoteBlocks, make_empty
 from fastbert.durable import exit_at_signals, sha256_of, unsealed
 from fastbert.errors import InputError
 from fastbert.storage import Url
@@ -19,8 +23,13 @@ MANIFEST = "manifest.json"
 SPLITS = ("train", "heldout")
 
 
-def dataset_copy(url: Url) -> Copy:
+def dataset_copy(url: Url, window: int | None = None) -> Copy:
     """A verified copy of a dataset on this machine, in the making; one per machine.
+
+    Args:
+        url: of the dataset.
+        window: as `order.window`. Where an epoch has several windows, the text to train on is not
+            copied; `with_remote_blocks` gives what fetches it.
 
     Raises:
         InputError: there is no dataset at `url`, or its manifest is damaged.
@@ -40,14 +49,39 @@ def dataset_copy(url: Url) -> Copy:
     if manifest is None:
         raise InputError(f"{url / MANIFEST}: it does not have its own SHA-256: damaged or changed")
 
+    digest, empty, blocks, room = hashlib.sha256(data).hexdigest(), dict[str, int](), 0, 0
+    if window is not None and manifest["format"] == 3:
+        blocks, several = _blocks(url, manifest, window)
+        if several:
+            digest += "-windows"
+            empty = {name: files.pop(name)[0] for name in list(files) if "/train-" in name}
+            room = min(sum(empty.values()), (BEHIND + 3) * window)
+
     def make(folder: Path) -> Iterator[int]:
+        if empty:
+            make_empty(folder, empty, blocks)
         for name, (size, digest) in files.items():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             yield from storage.fetch(url / name, folder / name, size, digest)
         (folder / MANIFEST).write_bytes(data)
 
     total = sum(size for size, _ in files.values())
-    return Copy("datasets", hashlib.sha256(data).hexdigest(), total, make)
+    return Copy("datasets", digest, total + room, make)
+
+
+def _blocks(url: Url, manifest: dict[str, Any], window: int) -> tuple[int, bool]:
+    """Return the blocks to train on, and whether an epoch has several windows of them."""
+    tables = (f"{part_name(number)}/{TABLE}" for number in range(len(manifest["parts"])))
+    train = sum(int((read_table(storage.read(url / name))["split"] == 0).sum()) for name in tables)
+    return train, train // per_window(window) > 1
+
+
+def with_remote_blocks(blocks: Blocks, url: Url) -> Blocks:
+    """Return the blocks to train on of a copy, with what fetches them where they are not in it."""
+    if not (blocks.folder / FETCHED).is_file():
+        return blocks
+    keep = int(blocks.layout.size.sum()) <= limit()
+    return replace(blocks, remote=RemoteBlocks(url, blocks.folder, blocks.pieces(), keep))
 
 
 def fetch_dataset(url: Url) -> Path:

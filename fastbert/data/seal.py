@@ -288,11 +288,12 @@ def _splits(
             entries.insert(0, before[name].entries)
             parts.insert(0, before[name].parts)
         both = np.concatenate(entries), np.concatenate(parts)
-        result.append(BlockSplit(_Joined(job.out, *both, width, words, size, job.dataset, number)))
+        joined = _Joined(job.out, *both, width, words, size, added=job.dataset, number=number)
+        result.append(BlockSplit(joined))
     return result
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _Joined(Blocks):
     """Blocks of a dataset, and of a part that lies in another folder still."""
 

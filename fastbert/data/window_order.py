@@ -28,6 +28,7 @@ from fastbert.data.example_counts import LENGTHS, count_examples, room_for
 from fastbert.data.examples import Examples, Spans
 from fastbert.data.permutation import permute
 from fastbert.data.philox import Purpose
+from fastbert.data.remote_blocks import BEHIND
 from fastbert.data.split import running_total
 from fastbert.data.stream import Epochs, SourceStream, draw_by
 from fastbert.data.verify import AGAIN, THREADS, Claim
@@ -90,6 +91,7 @@ class Windows:
         self._epochs: dict[int, _Epoch] = {}
         self._open: dict[int, _Window] = {}
         self._ahead: _Ahead | None = None
+        self._dropped: int | None = None  # fetched windows before this one were freed
 
     def __len__(self) -> int:
         return self._total
@@ -163,13 +165,35 @@ class Windows:
         """Close all windows but these, and begin to open the one after them."""
         for number in [n for n in self._open if not first <= n <= last + 1]:
             del self._open[number]
+        self._drop(first - BEHIND, last + 2)
         if last + 1 not in self._open and (self._ahead is None or self._ahead.number != last + 1):
             self._ahead = _Ahead(last + 1, lambda: self._open_window(last + 1, 1))
 
+    def _drop(self, before: int, end: int) -> None:
+        """Free the space of windows before one, but for blocks that are in those up to `end`."""
+        if self.blocks.remote is None:
+            return
+        if self._dropped is None:
+            self._dropped = max(before, 0)
+        if before <= self._dropped:
+            return
+        near = {piece for n in range(before, end) for piece in self.blocks_of(n).pieces()}
+        for number in range(self._dropped, before):
+            blocks = self.blocks_of(number)
+            gone = np.array([piece not in near for piece in blocks.pieces()])
+            blocks.take(np.flatnonzero(gone)).drop()
+        self._dropped = before
+
     def _open_window(self, number: int, threads: int) -> _Window:
-        """Verify a window's blocks, and map them."""
+        """Fetch a window's blocks where they are elsewhere, verify them, and map them."""
         blocks = self.blocks_of(number)
-        if problem := first_problem(blocks.claims(), blocks, threads):
+        blocks.fetch()
+        problem = first_problem(blocks.claims(), blocks, threads)
+        if problem and blocks.remote:  # the copy may be what a machine left that went down
+            blocks.drop(again=True)
+            blocks.fetch()
+            problem = first_problem(blocks.claims(), blocks, threads)
+        if problem:
             raise InputError(f"{problem}; {AGAIN}")
         split = BlockSplit(blocks)
         examples = Examples(split, self.objective, self.max_length, self.seed, self.source)
@@ -271,6 +295,11 @@ def count_by_block(blocks: Blocks, objective: ObjectiveConfig, max_length: int) 
         return entries["sentences"].astype(np.int64) - entries["documents"] * int(pairs)
     if max_length in LENGTHS:
         return entries["examples"][:, int(pairs), LENGTHS.index(max_length)].astype(np.int64)
+    if blocks.remote is not None:
+        raise InputError(
+            f"batch.max_length = {max_length}: {blocks.remote.url} is read in windows, and counts "
+            f"examples only of {', '.join(map(str, LENGTHS))} tokens; choose one of these"
+        )
     counts = list[np.ndarray]()
     for start in range(0, len(blocks), BLOCKS_AT_ONCE):
         some = blocks.take(np.arange(start, min(start + BLOCKS_AT_ONCE, len(blocks))))

@@ -13,7 +13,7 @@ from pathlib import Path
 from fastbert.checkpoints.model_folder import tokenizer_sha256
 from fastbert.cluster.group import Group
 from fastbert.data.dataset import TokenDataset, open_dataset
-from fastbert.data.remote_dataset import dataset_copy
+from fastbert.data.remote_dataset import dataset_copy, with_remote_blocks
 from fastbert.data.tokenizer import load_tokenizer
 from fastbert.errors import InputError
 from fastbert.storage import Url, place
@@ -73,11 +73,13 @@ def open_verified(
     on_all_ranks = group.raise_on_all_ranks if group else nullcontext
     if isinstance(at := place(path), Url):
         with on_all_ranks(), answering():
-            copy = dataset_copy(at)
+            copy = dataset_copy(at, window)
         in_rounds(copy, f"fetching {at}", group)
         path = copy.path
     with on_all_ranks():
         dataset = open_dataset(path, verify=False)
+        if isinstance(at, Url) and dataset.blocks:
+            dataset.blocks["train"] = with_remote_blocks(dataset.blocks["train"], at)
     mine = dataset.verify(window) if group is None or group.local_rank == 0 else ()
     in_rounds(mine, f"verifying {at}", group)
     return dataset
