@@ -40,6 +40,7 @@ class Fault(NamedTuple):
 
 
 MASKING, EXAMPLES = "fastbert/data/masking.py", "fastbert/data/examples.py"
+COUNTS = "fastbert/data/example_counts.py"
 PACKING, BATCHES, PERMUTATION = (
     "fastbert/data/packing.py",
     "fastbert/data/batches.py",
@@ -72,6 +73,7 @@ GEGLU, ROTARY = f"{KERNELS}/geglu/reference.py", f"{KERNELS}/rotary/reference.py
 TESTS = {
     MASKING: ["test_masking"],
     EXAMPLES: ["test_examples"],
+    COUNTS: ["test_examples"],
     PACKING: ["test_batches", "test_model"],
     BATCHES: ["test_batches"],
     PERMUTATION: ["test_permutation", "test_examples"],
@@ -109,7 +111,7 @@ FAULTS = [
     Fault(MASKING, "2 * block_starts[example] + place", "place"),
     Fault(MASKING, "(place == 0) | begins_word", "begins_word"),
     # Which text an example is made of
-    Fault(EXAMPLES, "(3 if self.pairs else 2)", "2"),
+    Fault(COUNTS, "(3 if pairs else 2)", "2"),
     Fault(EXAMPLES, "words[0] >> np.uint64(31)).astype", "words[0] >> np.uint64(30)).astype"),
     Fault(EXAMPLES, "shift = self._most + (", "shift = ("),
     Fault(EXAMPLES, "np.where(labels == 1, join[count:], join[:count])", "join[:count]"),
@@ -119,7 +121,7 @@ FAULTS = [
     Fault(EXAMPLES, "np.maximum(a_budget, target - b_need)", "a_budget"),
     Fault(EXAMPLES, "return join[:count] - a_length, a_length", "return join[:count], a_length"),
     Fault(EXAMPLES, "np.full_like(start, -100)", "np.zeros_like(start)"),
-    Fault(EXAMPLES, "indices, len(self), self.seed, epoch)", "indices, len(self), self.seed, 0)"),
+    Fault(EXAMPLES, "len(self), self.seed, epoch, window)", "len(self), self.seed, 0, window)"),
     # The order of examples
     Fault(PERMUTATION, "while len(outside :=", "if len(outside :="),
     Fault(PERMUTATION, "ROUNDS = 8", "ROUNDS = 2"),
@@ -133,8 +135,8 @@ FAULTS = [
     ),
     Fault(PACKING, "np.arange(total) - np.repeat(starts, lengths)", "np.arange(total)"),
     Fault(PACKING, "torch.from_numpy(slots[selected])", "torch.from_numpy(selected)"),
-    Fault(BATCHES, "(step + 1) * batch.sequences)", "(step + 1) * batch.sequences - 1)"),
-    Fault(BATCHES, "[rank::world]", "[:: world]"),
+    Fault(BATCHES, "(step - stretch.first) * stretch.sequences", "(step - stretch.first)"),
+    Fault(BATCHES, "bins[rank::ranks]", "bins[::ranks]"),
     Fault(BATCHES, "(spans.labels >= 0).sum()", "(spans.labels > 0).sum()"),
     Fault(BATCHES, "if max(loads)[0] <= limit:", "if True:"),
     Fault(BATCHES, "labels=tokens[chosen]", "labels=seen[chosen]"),

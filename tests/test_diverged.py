@@ -149,7 +149,7 @@ def test_a_checkpoint_and_a_run(folder, small_dataset, tmp_path, capsys):
     manifest = json.loads((path / "manifest.json").read_bytes())
     del manifest["sha256"]
     manifest["files"][file.name] = {"size": file.stat().st_size, "sha256": sha256_of(file)}
-    (path / "manifest.json").write_bytes(checkpoint._manifest_bytes(manifest))
+    (path / "manifest.json").write_bytes(checkpoint.manifest_bytes(manifest))
     for model in (run, path):
         line = refused(["fill-mask", str(model), "the [MASK]"], 2, tmp_path, capsys)
         assert f"{path}: layers.0.feed_forward.weight holds numbers that are not finite" in line

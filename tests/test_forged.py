@@ -53,7 +53,7 @@ class Forger:
         shutil.copytree(self.dataset.tokenizer_dir, self.run / "tokenizer", dirs_exist_ok=True)
 
     def resume(self) -> Start:
-        return open_run(self.config, "recipe", self.dataset, resume=True)
+        return open_run(self.config, "recipe", [self.dataset], resume=True)
 
     def refused(self, words: str) -> None:
         self.write()
@@ -136,7 +136,7 @@ def test_a_file_that_is_none_of_ours(forger, content):
     del manifest["sha256"]
     entry = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
     manifest["files"] = {file.name: entry}
-    (folder / "manifest.json").write_bytes(checkpoint._manifest_bytes(manifest))
+    (folder / "manifest.json").write_bytes(checkpoint.manifest_bytes(manifest))
     for opening in (forger.resume, lambda: fastbert.load(forger.run)):
         with pytest.raises(InputError, match=r"cannot be read as safetensors|only 0 weights"):
             opening()

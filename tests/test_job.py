@@ -34,7 +34,7 @@ def test_pieces() -> None:
 
 
 def test_one_file_changes() -> None:
-    files = [*FILES[:2], replace(FILES[2], modified=8), *FILES[3:]]
+    files = [*FILES[:2], replace(FILES[2], stamp="8"), *FILES[3:]]
     other = replace(JOB, plan=Plan(files, 4 * MIB))
     for number, (old, new) in enumerate(zip(JOB.piece_keys, other.piece_keys, strict=True)):
         assert (old != new) == any(part.file == 2 for part in JOB.plan.piece(number))

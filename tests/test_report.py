@@ -320,7 +320,9 @@ def test_files_and_what_ends_a_document(small_dataset: TokenDataset, tmp_path: P
             progress=False,
         )
         rows[text_format] = {row.name: row for row in report.rows}
-    assert rows["txt"]["documents"].value == "8 in 4 files; a blank line ends a document"
+    assert rows["txt"]["documents"].value == (
+        "8 in 4 files; a blank line ends a document (with --format file, the end of the file)"
+    )
     assert "--format file" in rows["txt"]["documents of one sentence"].advice
     assert rows["file"]["documents"].value == "4 in 4 files"
     dead = rows["txt"]["tokens that no text gives"]

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from fastbert import storage
-from fastbert.config import load_config
 from fastbert.errors import InputError
+from fastbert.recipe import load_config
 from fastbert.storage import Entry, Url, is_url, place
 from tests.ranks import environment
 from tests.store_server import BUCKET, Faults, Proxy, credentials, make_bucket, s3_server

@@ -349,7 +349,10 @@ def make_report(stats: CorpusStats, text: TextStats, about: About) -> Report:
         row(
             "documents",
             f"{documents:,} in {files:,} file{'s' * (files > 1)}"
-            + ("; a blank line ends a document (--format file: the file does)" * blank_lines),
+            + (
+                "; a blank line ends a document (with --format file, the end of the file)"
+                * blank_lines
+            ),
             documents < 1000 and tokens / documents > 10_000,
             "few and very long: if these are whole files, put a blank line between documents, "
             "or use --format lines",

@@ -200,7 +200,11 @@ def set_up(config: RunConfig, recipe: str, resume: bool, group: Group) -> Setup:
         group,
         {
             f"{recipe}: the recipe": hashlib.sha256(dump_config(config).encode()).hexdigest(),
-            **{f"data = {str(d.path)!r}: the dataset's manifest": d.sha256 for d in datasets},
+            # Each machine may have a copy of its own.
+            **{
+                f"data = {source.path!r}: the dataset's manifest": found.sha256
+                for source, found in zip(config.sources, datasets, strict=True)
+            },
             # Powers of sizes may be rounded differently on another machine.
             "the timetable of sources and phases": hashlib.sha256(
                 repr((batches.timetable.stretches, batches.timetable.eras)).encode()
