@@ -61,7 +61,7 @@ def test_bytes_before_the_first_step_are_those_that_are_read(dataset, monkeypatc
         assert expected.windows == 1 and sum(seen) == expected.first == expected.total
         assert expected.cache == expected.window
     else:
-        stream = batches._packer_of(0).stream
+        stream = batches.streams.source(0, config.batch.max_length)
         assert isinstance(stream, Windows)
         windows = [int(stream.blocks_of(i).layout.size.sum()) for i in range(stream.windows)]
         text = sum(windows)
