@@ -31,6 +31,7 @@ from fastbert_kernels.checker.clocks import Clocks
 from fastbert_kernels.checker.command import main
 from fastbert_kernels.checker.execute import NO_BACKWARD, launch_both_ways
 from fastbert_kernels.checker.lint import NAMES, lint_source
+from fastbert_kernels.checker.noise import Noise
 from fastbert_kernels.checker.report import Finding, count
 from fastbert_kernels.checker.serial import Serial
 from fastbert_kernels.checker.shrink import shrink
@@ -420,6 +421,19 @@ def test_serial_sums_reach_inside_of_what_torch_fuses():
         serial = results()
     for a, b in zip(plain, serial, strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_noise_moves_the_result_of_every_operator_by_a_rounding():
+    x, seen = torch.full((50,), 3.0, dtype=torch.float64), set()
+    with Noise(2.0**-10, 0):
+        for total in ((x.view(5, 10) * 2) + 1).flatten().tolist():
+            seen.add(total)
+    e = 2.0**-10
+    assert seen == {(6 * (1 + a) + 1) * (1 + b) for a in (e, -e) for b in (e, -e)}
+    with Noise(2.0**-10, 0):  # steps inside of what torch fuses have errors, too
+        far = torch.nn.functional.layer_norm(torch.arange(8.0).double() + 1e4, (8,))
+    plain = torch.nn.functional.layer_norm(torch.arange(8.0).double(), (8,))
+    assert (far - plain).abs().max() > 0.5
 
 
 def test_inputs_are_moved_to_one_side_of_zero_in_their_order():

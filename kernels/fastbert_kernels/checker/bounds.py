@@ -32,7 +32,8 @@ errors in small elements are as large as in others, and else they shrink with th
 is exceeded, the other draws add to the sample, and so do the moved inputs and the serial sums.
 The size of an element does not tell that of the terms that it is the sum of: a row of a gradient
 may cancel beside rows that are tiny. So to torch's error is added the largest change of the very
-element when each input moves by one rounding of the dtype, in DRAWS ways.
+element when the inputs and the result of each operator move by one rounding of the dtype, in DRAWS
+ways (`noise.py`).
 
 Where `exact` is zero everywhere (the gradient of a softmax over one column), the result is a
 difference of equal terms. These are as large as the other outputs, whose largest value then stands

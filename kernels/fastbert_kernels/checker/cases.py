@@ -30,6 +30,7 @@ from fastbert_kernels.checker.bounds import (
     stand_in,
 )
 from fastbert_kernels.checker.execute import Outcome, by_a_rounding, copy, draw, run, same
+from fastbert_kernels.checker.noise import Noise
 from fastbert_kernels.checker.report import FAULT, NOTE, Case, Finding, Moved, Report, Shape, count
 from fastbert_kernels.checker.serial import Serial
 from fastbert_kernels.checker.shrink import shrink
@@ -518,7 +519,7 @@ class Samples:
         serial: of plain torch, with sums taken one term after the other.
         moved: exact ones, of inputs that have each moved by one rounding; of the check's own draw
             first.
-        sensitive: exact ones of the check's own draw, moved by a rounding of the dtype.
+        sensitive: of the check's own draw, in fp64 with a rounding of the dtype at every step.
     """
 
     plain: list[tuple[Outcome, Outcome]]
@@ -555,7 +556,8 @@ def _samples(checked: Check, shape: Shape, dtype: str) -> Samples:
             samples.serial.append((exact, serial))
             samples.moved.append((exact, moved))
         changed = by_a_rounding(own, DTYPES[dtype], number)
-        sensitive = _reference(checked, changed, dtype, exact=True)
+        with Noise(torch.finfo(DTYPES[dtype]).eps, number):
+            sensitive = _reference(checked, changed, dtype, exact=True)
         if not sensitive.error:
             samples.sensitive.append(sensitive)
     return samples
