@@ -27,7 +27,7 @@ def recipe(dataset: TokenDataset, blocks: int, length: int = 64) -> RunConfig:
     return RunConfig(
         data=str(dataset.path),
         objective=ObjectiveConfig(kind="mlm"),
-        batch=BatchConfig(sequences=64, max_length=length),
+        batch=BatchConfig(sequences=4, max_length=length),
         order=OrderConfig(window=blocks * BLOCK_BYTES),
     )
 
