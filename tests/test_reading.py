@@ -23,11 +23,11 @@ def dataset(small_dataset, tmp_path_factory) -> TokenDataset:
     return in_blocks(small_dataset, tmp_path_factory.mktemp("reading") / "dataset", 5, 7)
 
 
-def recipe(dataset: TokenDataset, blocks: int, length: int = 64) -> RunConfig:
+def recipe(dataset: TokenDataset, blocks: int, length: int = 64, sequences: int = 64) -> RunConfig:
     return RunConfig(
         data=str(dataset.path),
         objective=ObjectiveConfig(kind="mlm"),
-        batch=BatchConfig(sequences=4, max_length=length),
+        batch=BatchConfig(sequences=sequences, max_length=length),
         order=OrderConfig(window=blocks * BLOCK_BYTES),
     )
 
@@ -42,7 +42,7 @@ def size_of(folder: Path) -> int:
 
 @pytest.mark.parametrize("blocks", [4, 10_000])
 def test_bytes_before_the_first_step_are_those_that_are_read(dataset, monkeypatch, blocks):
-    config, seen = recipe(dataset, blocks), list[int]()
+    config, seen = recipe(dataset, blocks, sequences=4), list[int]()
     expected = reading(dataset, config.order.window)
     problem = Claim.problem
 
