@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import io
+import itertools
 import math
 import re
 import warnings
@@ -16,6 +17,8 @@ from fastbert.training.diagnosis import NAMES
 from fastbert.training.history import History
 
 INK, MUTED, GRID = "#1f2430", "#6b7280", "#e5e7eb"
+# Sources differ by dashes first, so that the first ones do not compete with the main curves.
+_SOURCES, _DASHES = (MUTED, "#0f766e", "#be185d", "#92400e"), ("-", "--", ":")
 TRAIN, HELDOUT, MASKED, NSP = "#93b4e8", "#1d4ed8", "#d97706", "#7c3aed"
 _DOTS: dict[str, Any] = {"marker": "o", "markersize": 3.2, "linewidth": 1.4}
 
@@ -90,15 +93,19 @@ def draw_mlm(ax: Any, history: History, baselines: Mapping[str, float]) -> None:
     shown = history.evaluated("loss_mask_token")
     ax.plot(*shown, color=MASKED, label="held-out, [MASK] alone", **_DOTS)
     # The sources of a mixture, whose mean is the held-out line. Their names are in the legend.
-    for name in {name: None for e in history.evaluations for name in e.get("sources", {})}:
+    styles = itertools.cycle(itertools.product(_SOURCES, _DASHES))
+    names = dict.fromkeys(name for e in history.evaluations for name in e.get("sources", {}))
+    for name, (colour, dashes) in zip(names, styles, strict=False):
         found = [(e["step"], e["sources"][name]["loss_mlm"]) for e in history.evaluations]
-        ax.plot(*zip(*found, strict=True), color=MUTED, linewidth=0.9, label=name)
+        ax.plot(*zip(*found, strict=True), color=colour, linestyle=dashes, linewidth=1, label=name)
     for value, name in sorted((value, name) for name, value in baselines.items() if name in NAMES):
         _level(ax, value, f"{NAMES[name]} {value:.2f}")
     begun = {e["first_step"] for e in history.events if e["event"] == "phase"}
     for step in begun - {0}:
         ax.axvline(step, color=MUTED, linewidth=0.8, linestyle=(0, (1, 2)), zorder=0)
-    ax.legend(frameon=False, labelcolor=INK, fontsize="small", loc="upper right")
+    legend = ax.legend(frameon=False, labelcolor=INK, fontsize="small", loc="best")
+    for text in legend.get_texts():
+        text.set_parse_math(False)  # a source is named after a folder, which may contain a $
 
 
 def draw_nsp(ax: Any, history: History) -> None:
