@@ -21,11 +21,13 @@ section 3.
 from __future__ import annotations
 
 import itertools
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 
 from fastbert.data.split import Split
+from fastbert.machine import usable_cores
 
 HIDDEN = 0.15 * 0.8  # mask_rate * mask_token of the default objective
 TRAIN_TOKENS = 1 << 23  # counted at most; this takes 0.5 GB of memory
@@ -160,9 +162,12 @@ class _Models:
         self.size = vocab_size + 1  # the boundary is a neighbour too
         left, word, right = _neighbours(tokens, vocab_size)
         self.unigram = _unigram(word, vocab_size)
-        self.after = _Conditional(left, word, self.size)
-        self.before = _Conditional(right, word, self.size)
-        self.between = _Conditional(left * self.size + right, word, self.size)
+        contexts = left, right, left * self.size + right
+        # Sorting takes most of the time, and numpy sorts without Python's lock.
+        with ThreadPoolExecutor(min(len(contexts), usable_cores())) as pool:
+            self.after, self.before, self.between = pool.map(
+                lambda context: _Conditional(context, word, self.size), contexts
+            )
 
     def predict(self, tokens: np.ndarray, seed: int) -> _Predictions:
         left, word, right = _neighbours(tokens, self.size - 1)
