@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from fastbert.config import BatchConfig, ObjectiveConfig, OrderConfig, RunConfig
+from fastbert.data import block_writer, corpus_plan, segments
 from fastbert.data.batches import Batches
 from fastbert.data.block_split import BlockSplit
 from fastbert.data.block_table import Blocks
@@ -19,6 +20,7 @@ from fastbert.data.blocks import BLOCK_BYTES
 from fastbert.data.dataset import TokenDataset, open_dataset
 from fastbert.data.example_counts import LENGTHS
 from fastbert.data.examples import Examples, Spans
+from fastbert.data.prepare import prepare
 from fastbert.data.verify import Claim
 from fastbert.data.window_order import Windows, count_by_block, most_by_block
 from fastbert.errors import InputError
@@ -308,49 +310,119 @@ def test_a_window_without_a_pair(tmp_path):
 # How well it mixes
 
 
-def chi_square(stream: Windows, batch: int, sources: int) -> float:
-    """Return the chi square per degree of freedom of the sources in the batches of an epoch.
+BATCH, EPOCHS = 256, 16
 
-    A token's id is the source it comes from.
+
+def chi_squares(stream: Windows, sources: int) -> np.ndarray:
+    """Return the chi square per degree of freedom of the sources in batches of the first window.
+
+    The token that an example begins with says its source. There is one number for each of EPOCHS,
+    the mean over the window's batches. The permutations of epochs are independent, and so are
+    these.
     """
-    drawn = stream.draw(np.arange(len(stream)))
-    found = stream.tokens(drawn)[np.cumsum(drawn.ordinary) - 1]
-    found = found[: len(found) // batch * batch].reshape(-1, batch)
-    counts = np.stack([np.bincount(row, minlength=sources) for row in found])
-    expected = batch * np.bincount(found.ravel(), minlength=sources) / found.size
-    return float(((counts - expected) ** 2 / expected).sum(1).mean() / (sources - 1))
+    blocks = BlockSplit(stream.blocks)
+    sentences = np.arange(blocks.sentences)
+    own, total = np.unique(
+        blocks.gather(blocks.first_token(sentences), np.ones_like(sentences)), return_counts=True
+    )
+    assert len(own) == sources
+    expected = BATCH * total / total.sum()
+    found = []
+    for epoch in range(EPOCHS):
+        first = epoch * len(stream)
+        size = int(stream._epoch(epoch).first[1]) // BATCH * BATCH
+        drawn = stream.draw(np.arange(first, first + size))
+        begins = stream.tokens(drawn)[np.cumsum(drawn.ordinary) - drawn.ordinary]
+        source = np.searchsorted(own, begins).reshape(-1, BATCH)
+        counts = np.stack([np.bincount(row, minlength=sources) for row in source])
+        found.append(((counts - expected) ** 2 / expected).sum(1).mean() / (sources - 1))
+    return np.array(found)
 
 
-def test_sorted_sources_mix(tmp_path):
-    """16 sources lie one behind the other, in blocks of their own, or in the pieces of blocks.
+def predicted(stream: Windows, pieces: int) -> float:
+    """Return the expectation of `chi_squares`, of sources of equal size.
 
-    `prepare` shuffles pieces of 1 MiB of text, so a block has pieces of many places. What is
-    measured agrees with 1 + S / n (1 - n / N), for n of N pieces in a window.
+    Without replacement, a window draws n of N pieces of one source each, and a batch S of the M
+    examples of the window. With v = (1 - n / N) / n, the expectation is v S + 1 - v, and where M
+    and N are large that is the 1 + S / n of the documentation.
+
+    Args:
+        pieces: in a block.
     """
-    blocks, pieces, batch, window = 512, 8, 256, 128
+    n, total = stream._per_window * pieces, len(stream.blocks) * pieces
+    variance = (total - n) / (total - 1) / n
+    examples = int(stream._epoch(0).first[1])
+    return variance * BATCH + (1 - variance) * (examples - BATCH) / (examples - 1)
+
+
+def standard_errors(found: np.ndarray, expected: float) -> float:
+    """Return by how many standard errors the mean of independent numbers is off."""
+    return abs(found.mean() - expected) / (found.std(ddof=1) / np.sqrt(len(found)))
+
+
+def test_the_chi_square_is_what_the_pieces_of_a_window_predict(tmp_path):
+    """16 sources lie one behind the other, in blocks of their own, or in the pieces of blocks."""
+    blocks, pieces, window = 256, 16, 64
     source = np.arange(blocks * pieces) * 16 // (blocks * pieces)
-    measured = {}
-    for name, order in {
-        "blocks": np.arange(blocks * pieces),
-        "pieces": np.random.default_rng(0).permutation(blocks * pieces),
-    }.items():
-        found = [
-            (np.repeat(source[order[i : i + pieces]], 16), np.ones(16 * pieces, int), None, None)
-            for i in range(0, blocks * pieces, pieces)
+    means = []
+    for name, order, own in (
+        ("blocks", np.arange(blocks * pieces), 1),
+        ("pieces", np.random.default_rng(0).permutation(blocks * pieces), pieces),
+    ):
+        texts = [
+            (np.repeat(ids, 8), np.ones(8 * pieces, int), np.full(pieces, 8), None)
+            for ids in source[order].reshape(blocks, pieces)
         ]
-        found = [(t, s, np.full(pieces, 16), w) for t, s, _, w in found]
-        own = blocks_of(tmp_path / name, found, 1000, per_shard=64)
-        measured[name] = chi_square(windows_of(own, SINGLE, window), batch, 16)
-    share = 1 - window / blocks
-    predicted = {
-        "blocks": 1 + batch / window * share,
-        "pieces": 1 + batch / (window * pieces) * share,
-    }
-    # An epoch has 256 batches of 15 degrees of freedom, but those of a window depend on each other:
-    # the mean is that of the four windows' shares of the sources.
-    assert 1 <= measured["pieces"] <= 1.5
-    assert predicted["blocks"] * 0.5 < measured["blocks"] < predicted["blocks"] * 1.5
-    assert measured["blocks"] > 1.5 > predicted["pieces"]
+        stream = windows_of(blocks_of(tmp_path / name, texts, 1000, 64), SINGLE, window)
+        found = chi_squares(stream, 16)
+        # A right order is further off once in 900 trials, by Student's t with 15 degrees.
+        assert standard_errors(found, predicted(stream, own)) < 4
+        means.append(found.mean())
+    assert means[0] > 1.5 > means[1]
+
+
+def test_what_prepare_made_of_sorted_sources_mixes(tmp_path, monkeypatch):
+    """A window of 4 GiB has 4,096 segments of 1 MiB where two bytes of text make a token.
+
+    So the windows here have as many, of 64 bytes. Of English a window has twice as many. A piece of
+    text becomes a block, as it does in 16 MiB. Both are of 128 segments and not of 16, so that
+    there are few files: their order is the same, since a block is a part of the order of segments.
+    """
+    segment, per_block, window, windows = 64, 128, 32, 2
+    for name in ("SEGMENT_BYTES", "_MARGIN"):
+        monkeypatch.setattr(segments, name, segment)
+    for module, name in ((corpus_plan, "PIECE_BYTES"), (block_writer, "BLOCK_BYTES")):
+        monkeypatch.setattr(module, name, segment * per_block)
+    draw = np.random.default_rng(0)
+    letters = np.array(list("abcdefghijklmnopqrstuvwxyz"))
+    for source in range(16):
+        # Two documents fill a segment, and the first letter of each is that of the source.
+        documents = 2 * per_block * window * windows // 16
+        words = letters[draw.integers(0, 26, (documents, segment // 4))]
+        words[:, 0] = letters[source]
+        text = "".join(" ".join(row) + "\n" for row in words)
+        (tmp_path / f"{source:02}.txt").write_text(text)
+    files = sorted(tmp_path.glob("*.txt"))
+    prepare(
+        files,
+        tmp_path / "data",
+        text_format="lines",
+        vocab_size=100,
+        heldout=0.01,
+        workers=1,
+        progress=False,
+    )
+    blocks = open_dataset(tmp_path / "data").blocks["train"]
+    stream = windows_of(blocks, SINGLE, window)
+    assert stream.windows == windows
+    found = chi_squares(stream, 16)
+    assert found.mean() <= 1.5
+    assert standard_errors(found, predicted(stream, per_block)) < 4
+    # A window of two blocks mixes as few segments do, so the measure would show it.
+    stream = windows_of(blocks, SINGLE, 2)
+    found = chi_squares(stream, 16)
+    assert found.mean() > 1.5
+    assert standard_errors(found, predicted(stream, per_block)) < 4
 
 
 # Runs

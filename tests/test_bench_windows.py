@@ -1,0 +1,52 @@
+"""Windows are compared with the global order on one dataset, and against the noise of seeds."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from benchmarks.quality.bench_windows import (
+    BY_WINDOW,
+    GLOBAL,
+    difference,
+    recipes,
+    small_blocks,
+    verdict,
+)
+from fastbert.data import block_writer
+
+
+@pytest.fixture
+def rows() -> list[dict[str, object]]:
+    return [
+        {"side": side, "loss_mlm": loss, "loss_mask_token": loss + 10 * (side == BY_WINDOW)}
+        for side, losses in ((GLOBAL, (4.0, 5.0, 6.0)), (BY_WINDOW, (4.5, 5.5, 8.0)))
+        for loss in losses
+    ]
+
+
+def test_the_difference_and_the_noise_of_seeds(rows):
+    # Means 5 and 6; variances 1 and 3.25.
+    assert difference(rows, "loss_mlm") == (1.0, pytest.approx(math.sqrt(2.125)))
+    lines = verdict(rows).splitlines()
+    assert "| +1.0000 | 1.4577 | yes |" in lines[2]
+    assert "| +11.0000 | 1.4577 | no |" in lines[3]
+
+
+def test_both_sides_have_the_same_blocks_and_other_windows(tmp_path: Path) -> None:
+    text, size = tmp_path / "text.jsonl", block_writer.BLOCK_BYTES
+    with open(text, "w") as file:
+        for i in range(4000):
+            words = " ".join(f"{i * j % 997}" for j in range(1, 30))
+            file.write(json.dumps({"text": f"Number {i} is here. {words}. So it ends."}) + "\n")
+    dataset = small_blocks(text, tmp_path / "dataset")
+    assert block_writer.BLOCK_BYTES == size  # as before
+    found = recipes(dataset)
+    count = len(dataset.blocks["train"])
+    windows = {side: dataset.windows(config.order.window) for side, config in found.items()}
+    assert count > 16 and windows[GLOBAL] == 1
+    assert windows[BY_WINDOW] == count // (count // 16) >= 16
+    assert small_blocks(text, tmp_path / "dataset").sha256 == dataset.sha256
