@@ -45,8 +45,8 @@ def map_on_ray(
     Raises:
         InputError: the function raised one, or the cluster was not reached.
     """
-    import ray
-    from ray.exceptions import RayError
+    import ray  # pyright: ignore[reportMissingImports]
+    from ray.exceptions import RayError  # pyright: ignore[reportMissingImports]
 
     ours = not ray.is_initialized()
     if ours:

@@ -70,7 +70,7 @@ class WandbLogger(Logger):
     """Weights & Biases: notes are in the run's summary."""
 
     def __init__(self, project: str, name: str, config: Mapping[str, Any], earlier: str | None):
-        import wandb
+        import wandb  # pyright: ignore[reportMissingImports]
 
         settings = wandb.Settings(console="off", silent=True)
         mode = os.environ.get("WANDB_MODE") or wandb.setup().settings.mode
@@ -103,8 +103,8 @@ class MlflowLogger(Logger):
     """MLflow: the recipe's settings are parameters, and notes are tags."""
 
     def __init__(self, project: str, name: str, config: Mapping[str, Any], earlier: str | None):
-        from mlflow import MlflowClient
-        from mlflow.entities import Param
+        from mlflow import MlflowClient  # pyright: ignore[reportMissingImports]
+        from mlflow.entities import Param  # pyright: ignore[reportMissingImports]
 
         self._client = client = MlflowClient()
         settings = {key: str(value) for key, value in config.items()}
@@ -124,8 +124,8 @@ class MlflowLogger(Logger):
         client.log_batch(self.id, params=[Param(key, value) for key, value in settings.items()])
 
     def log(self, step: int, values: Values) -> None:
-        from mlflow.entities import Metric
-        from mlflow.utils.time import get_current_time_millis
+        from mlflow.entities import Metric  # pyright: ignore[reportMissingImports]
+        from mlflow.utils.time import get_current_time_millis  # pyright: ignore[reportMissingImports]
 
         now = get_current_time_millis()
         metrics = [Metric(key, value, now, step) for key, value in values.items()]
