@@ -239,9 +239,9 @@ def test_a_stalled_fetch_is_named(lab, proxy, dataset_url, tmp_path):
 
     def second(method: str, path: str) -> str:
         """Hold what the second rank asks for; both fetch all files."""
-        if "/train-" in path:
+        if "/train-" in path and method == "GET":
             seen.append(path)
-            return "hold" if seen.count(path) == 2 and method == "GET" else ""
+            return "hold" if seen.count(path) == 2 else ""
         return ""
 
     proxy.fault = second

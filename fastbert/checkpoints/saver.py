@@ -48,6 +48,9 @@ class Saved:
     stall_s: float
 
 
+GIVE_UP_S = 30.0  # how long a run that fails waits for the disk
+
+
 class Destination(Protocol):
     """Where the checkpoints of a run go. All methods but `sweep` belong to one attempt to save."""
 
@@ -162,6 +165,14 @@ class Saver:
     def written(self) -> bool:
         """Whether this rank's part of the save is done or has failed, or there is no save."""
         return self._save is None or not self._save.is_alive()
+
+    def give_up(self) -> None:
+        """Wait some seconds for the thread of a save that is not published any more.
+
+        A process that exits while a thread writes may abort, with another exit code.
+        """
+        if self._save is not None:
+            self._save.join(GIVE_UP_S)
 
     def begin(
         self, step: int, tensors: Iterable[tuple[str, Tensor]], metadata: Mapping[str, Any]

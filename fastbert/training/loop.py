@@ -200,6 +200,7 @@ def _open_run(setup: Setup, group: Group, watchdog: Watchdog, stop_request: Stop
         except InputError as error:  # damage in a window of text that was opened during the run
             line = f"run failed: {error}; then {how_to_resume(setup)}"
             watchdog.report_exit(line)
+            saver.give_up()
             raise InputError(line) from None
 
 
