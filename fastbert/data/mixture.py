@@ -9,7 +9,7 @@ the running number of an example are functions of its own number.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
 
@@ -18,7 +18,7 @@ import numpy as np
 from fastbert.data.examples import Spans
 from fastbert.data.permutation import permute
 from fastbert.data.philox import Purpose, random_words
-from fastbert.data.stream import Stream
+from fastbert.data.stream import Stream, draw_by, read_by
 
 BLOCK = 4096  # examples
 # An example's index within its epoch is below 2**48, and the bits above it have its source.
@@ -94,36 +94,20 @@ class Mixture:
 
     def draw(self, numbers: np.ndarray) -> Spans:
         source, running = self.places(numbers)
-        parts, places = [], []
-        for s in np.unique(source).tolist():
-            chosen = np.flatnonzero(source == s)
+
+        def draw(s: int, chosen: np.ndarray) -> Spans:
             spans = self.streams[s].draw(running[chosen])
-            parts.append(replace(spans, index=spans.index | s << INDEX_BITS))
-            places.append(chosen)
-        if len(parts) == 1:
-            return parts[0]
-        return Spans.join(parts).take(np.argsort(np.concatenate(places)))
+            return replace(spans, index=spans.index | s << INDEX_BITS)
+
+        return draw_by(source, draw)
 
     def tokens(self, spans: Spans) -> np.ndarray:
-        return self._read(spans, np.dtype(np.int64), lambda stream, own: stream.tokens(own))
+        source, _ = source_of(spans.index)
+        return read_by(source, spans, np.int64, lambda s, own: self.streams[s].tokens(own))
 
     def begins_word(self, spans: Spans) -> np.ndarray:
-        return self._read(spans, np.dtype(bool), lambda stream, own: stream.begins_word(own))
-
-    def _read(
-        self, spans: Spans, dtype: np.dtype, read: Callable[[Stream, Spans], np.ndarray]
-    ) -> np.ndarray:
-        """Return what `read` gives for each source's examples, in the order of `spans`."""
         source, _ = source_of(spans.index)
-        present = np.unique(source).tolist()
-        if len(present) == 1:
-            return read(self.streams[present[0]], spans)
-        of_token = np.repeat(source, spans.ordinary)
-        result = np.empty(len(of_token), dtype)
-        for s in present:
-            own = spans.take(np.flatnonzero(source == s))
-            result[of_token == s] = read(self.streams[s], own)
-        return result
+        return read_by(source, spans, bool, lambda s, own: self.streams[s].begins_word(own))
 
 
 @lru_cache(maxsize=64)

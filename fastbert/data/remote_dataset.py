@@ -11,16 +11,14 @@ from typing import Any
 
 from fastbert import storage
 from fastbert.cache import Copy, limit, workspace
-from fastbert.data.block_table import Blocks, per_window, read_table
+from fastbert.data.block_table import Blocks, per_window, read_table, shard_name
 from fastbert.data.format_3 import TABLE, part_name
+from fastbert.data.manifest import MANIFEST, SPLITS
 from fastbert.data.remote_blocks import BEHIND, FETCHED, RemoteBlocks, make_empty
 from fastbert.durable import exit_at_signals, sha256_of, unsealed
 from fastbert.errors import InputError
 from fastbert.storage import Url
 from fastbert.terminal import tell
-
-MANIFEST = "manifest.json"
-SPLITS = ("train", "heldout")
 
 
 def dataset_copy(url: Url, window: int | None = None) -> Copy:
@@ -110,9 +108,9 @@ def files_of(manifest: dict[str, Any]) -> dict[str, tuple[int, str | None]]:
         for name, entry in manifest["files"].items()
     }
     for number, part in enumerate(manifest.get("parts", ())):
-        for split in SPLITS:
+        for index, split in enumerate(SPLITS):
             for shard, size in enumerate(part["splits"][split]["shards"]):
-                files[f"part-{number:05d}/{split}-{shard:05d}"] = int(size), None
+                files[shard_name(number, index, shard)] = int(size), None
     for name in files:  # they become paths on this machine
         parts = PurePosixPath(name).parts
         if not parts or parts[0] == "/" or ".." in parts or "\0" in name:

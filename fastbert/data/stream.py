@@ -79,3 +79,25 @@ def draw_by(groups: np.ndarray, draw: Callable[[int, np.ndarray], Spans]) -> Spa
     parts = [draw(group, chosen) for group, chosen in zip(found, places, strict=True)]
     order = np.concatenate(places)
     return Spans.join(parts).take(np.argsort(order))
+
+
+def read_by(
+    groups: np.ndarray, spans: Spans, dtype: type, read: Callable[[int, Spans], np.ndarray]
+) -> np.ndarray:
+    """Read the tokens of examples group by group, and return them in the order of `spans`.
+
+    Args:
+        groups: int64 [B], the group of each example.
+        spans: the examples; there may be none.
+        dtype: of the result.
+        read: takes a group and its examples; returns a value for each of their tokens.
+    """
+    found = np.unique(groups).tolist()
+    if len(found) == 1:
+        return read(found[0], spans)
+    of_token = np.repeat(groups, spans.ordinary)
+    result = np.empty(len(of_token), dtype)
+    for group in found:
+        own = spans.take(np.flatnonzero(groups == group))
+        result[of_token == group] = read(group, own)
+    return result

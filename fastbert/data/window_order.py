@@ -30,7 +30,7 @@ from fastbert.data.permutation import permute
 from fastbert.data.philox import Purpose
 from fastbert.data.remote_blocks import BEHIND
 from fastbert.data.split import running_total
-from fastbert.data.stream import Epochs, SourceStream, draw_by
+from fastbert.data.stream import Epochs, SourceStream, draw_by, read_by
 from fastbert.data.verify import AGAIN, THREADS, Claim
 from fastbert.errors import InputError
 from fastbert.machine import usable_cores
@@ -116,25 +116,25 @@ class Windows:
         return spans
 
     def tokens(self, spans: Spans) -> np.ndarray:
-        return self._read(spans, BlockSplit.gather, np.int64)
+        return read_by(
+            spans.split,
+            spans,
+            np.int64,
+            lambda n, own: self._window(n).split.gather(*own.segments),
+        )
 
     def begins_word(self, spans: Spans) -> np.ndarray:
-        return self._read(spans, BlockSplit.begins_word, bool)
+        return read_by(
+            spans.split,
+            spans,
+            bool,
+            lambda n, own: self._window(n).split.begins_word(*own.segments),
+        )
 
     def blocks_of(self, number: int) -> Blocks:
         """Return the blocks of a window, in order; windows are counted over all epochs."""
         epoch, window = divmod(number, self.windows)
         return self.blocks.take(self._epoch(epoch).order[self._bounds(window)])
-
-    def _read(self, spans: Spans, read: Callable[..., np.ndarray], dtype: type) -> np.ndarray:
-        """Return what `read` gives for the segments, one example after another, in their order."""
-        lengths = spans.ordinary
-        result = np.empty(int(lengths.sum()), dtype)
-        for number in np.unique(spans.split).tolist():
-            chosen = spans.split == number
-            part = spans.take(np.flatnonzero(chosen))
-            result[np.repeat(chosen, lengths)] = read(self._window(number).split, *part.segments)
-        return result
 
     def _epoch(self, number: int) -> _Epoch:
         if number not in self._epochs:
