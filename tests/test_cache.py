@@ -21,8 +21,8 @@ CHILD = """
 import sys
 from fastbert.cache import Copy
 def make(folder):
-    print("making", flush=True)
     (folder / "a").write_bytes(b"x" * 500)
+    print("making", flush=True)
     yield 500
     sys.stdin.readline()
     (folder / "b").write_bytes(b"y" * 500)
