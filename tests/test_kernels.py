@@ -12,6 +12,7 @@ import torch
 from fastbert_kernels import layer_norm
 from fastbert_kernels._dropout import keep_mask, stream_keys
 from fastbert_kernels._dropout_cpu import keep_mask_cpu, stream_keys_cpu
+from fastbert_kernels.checker.noise import Noise
 from fastbert_kernels.checker.sanitizer import sanitize
 from fastbert_kernels.specs import SPECS
 from tests.tiers import typical
@@ -109,6 +110,10 @@ def test_agrees_with_the_reference_in_fp64(name, impl, shape, p, dtype):
     err is the largest difference from fp64, and 1 ulp is eps * max|fp64|. Where a gradient vanishes
     (of a softmax over a single key) there is no largest value. The gradient is then the difference
     of two sums whose terms are as large as the other gradients.
+
+    Torch adds in another order on each kind of processor, and may be nearly exact by chance. Where
+    the bound is exceeded, err(plain torch) is therefore at least the error that the reference has
+    in fp64 if each of its operators rounds up or down by half a unit of the dtype.
     """
     spec = SPECS[name]
     arguments = spec.inputs(shape, DTYPES[dtype], p)
@@ -122,10 +127,13 @@ def test_agrees_with_the_reference_in_fp64(name, impl, shape, p, dtype):
         scale = float(truth.abs().max()) or 8 * max(
             float(other.abs().max()) for other in exact.values() if other.numel()
         )
-        allowed = (
-            2 * float((plain[key] - truth).abs().max()) + torch.finfo(DTYPES[dtype]).eps * scale
-        )
+        eps = torch.finfo(DTYPES[dtype]).eps
+        allowed = 2 * float((plain[key] - truth).abs().max()) + eps * scale
         error = float((ours[key] - truth).abs().max())
+        if error > allowed:
+            with Noise(eps / 2, seed=0):
+                rounded = run(spec, arguments, "reference", torch.float64)
+            allowed = 2 * float((rounded[key] - truth).abs().max()) + eps * scale
         assert error <= allowed, (
             f"{name} {impl}: {key} is off by {error:.3g}, allowed {allowed:.3g}"
         )
