@@ -20,7 +20,6 @@ from benchmarks.compiled.ahead_of_time import (
 )
 from fastbert_kernels.checker.machine_code import DEVICES, UNTRACED, global_loads, programs
 from fastbert_kernels.specs import SPECS
-from tests.tiers import typical
 from tests.uninterpreted import run_module
 
 ROOT = Path(__file__).parents[1]
@@ -45,7 +44,8 @@ def with_figures(**figures) -> list[Figures]:
     return [dataclasses.replace(GOOD, **figures)]
 
 
-@pytest.mark.parametrize("architecture", typical(DEVICES, "sm_90"))
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", [name for name in DEVICES if name != "sm_90"])
 def test_one_form_of_each_kernel_is_no_worse_than_on_record(architecture):
     """This is the form that does most. A kernel that is changed changes it, so it is noticed."""
     result = run_module(

@@ -76,6 +76,7 @@ def test_without_a_gpu_one_line_says_so():
     assert result.returncode == 2 and not result.stderr
 
 
+@pytest.mark.slow
 def test_tests_continue_after_one_that_ends_the_process(tmp_path):
     (tmp_path / "test_it.py").write_text(
         "import os\ndef test_a(): pass\ndef test_b(): os._exit(3)\ndef test_c(): assert 0\ndef "

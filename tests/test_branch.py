@@ -39,6 +39,7 @@ def test_a_branch_with_the_same_recipe_is_the_run_itself(two_sources, tmp_path):
         assert load_config(folder / "config.toml").branch_from == f"{tmp_path / 'run'}@{step}", text
 
 
+@pytest.mark.slow
 def test_a_cooldown_branch_is_resumed_and_branched_again(two_sources, tmp_path):
     """A branch with other weights, its own schedule and one more source."""
     recipe = write(tmp_path, two_sources)

@@ -98,6 +98,7 @@ def equal(trial: Trial, other: Trial) -> None:
     assert tally.passed and tally.compared, str(tally)
 
 
+@pytest.mark.slow
 def test_ranks_without_a_common_disk_train_as_on_one(lab, proxy, dataset_url, tmp_path):
     trial = BucketTrial(tmp_path / "a", proxy, dataset_url, stage=2)
     trial.resume(2)
@@ -118,7 +119,7 @@ def test_ranks_without_a_common_disk_train_as_on_one(lab, proxy, dataset_url, tm
     assert any(f"resuming after step 16 from {trial.url}/checkpoints/" in line for line in out)
 
 
-@pytest.mark.parametrize("point", typical(ALL, "share-uploaded", "publishing"))
+@pytest.mark.parametrize("point", typical(ALL, "publishing"))
 def test_a_kill_at_an_upload_leaves_the_newest_valid_checkpoint(lab, proxy, tmp_path, point):
     trial = BucketTrial(tmp_path / "a", proxy, lab.dataset)
     with trial.start(FASTBERT_FAILPOINT=f"{point}@3") as ranks:
@@ -137,7 +138,8 @@ def test_a_kill_at_an_upload_leaves_the_newest_valid_checkpoint(lab, proxy, tmp_
     assert len(trial.published) == 2
 
 
-@pytest.mark.parametrize("point", typical(("retiring", "retired"), "retiring"))
+@pytest.mark.parametrize("point", ["retiring", "retired"])
+@pytest.mark.slow
 def test_a_kill_while_an_old_checkpoint_is_deleted(lab, proxy, tmp_path, point):
     trial = BucketTrial(tmp_path / "a", proxy, lab.dataset)
     with trial.start(FASTBERT_FAILPOINT=f"{point}@1") as ranks:
@@ -191,6 +193,7 @@ def test_a_store_that_throttles_and_cuts_changes_no_loss(lab, proxy, dataset_url
     equal(trial, lab.undisturbed(1, 0))
 
 
+@pytest.mark.slow
 def test_a_save_that_the_store_refuses_does_not_end_the_run(lab, proxy, tmp_path):
     trial = BucketTrial(tmp_path / "a", proxy, lab.dataset)
     proxy.fault = Faults("503", 7, "PUT .*step-00000003.*tensors")
@@ -199,6 +202,7 @@ def test_a_save_that_the_store_refuses_does_not_end_the_run(lab, proxy, tmp_path
     equal(trial, lab.undisturbed(1, 0))
 
 
+@pytest.mark.slow
 def test_a_start_that_was_cut_off_cannot_publish(lab, proxy, tmp_path):
     """The first start is suspended, another one finishes the run, and the first one comes back."""
     trial = BucketTrial(tmp_path / "a", proxy, lab.dataset)
@@ -275,6 +279,7 @@ def test_bad_input_is_said_before_anything_is_written(lab, proxy, tmp_path):
     assert storage.names(trial.url / OWNERS) == ["00000001"]
 
 
+@pytest.mark.slow
 def test_a_run_that_left_no_checkpoint_begins_anew(lab, proxy, tmp_path):
     """Its records make room, and what somebody else has put beside them stays."""
     trial = BucketTrial(tmp_path / "a", proxy, lab.dataset)

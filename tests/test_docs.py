@@ -156,6 +156,7 @@ LONG_PAGES = (
     "docs/how-to/cooldown.md",
     "docs/how-to/modernbert.md",
     "docs/checker.md",
+    "docs/how-to/mixtures-and-phases.md",
     "docs/tutorial/your-own-text.md",
 )
 RUN_PAGES = [

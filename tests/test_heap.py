@@ -60,6 +60,7 @@ def said() -> dict[str, str]:
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only glibc has this heap")
+@pytest.mark.slow
 def test_a_large_block_is_faulted_in_once(said):
     kept, default = (int(said[how].split()[1]) for how in ("keep", "default"))
     pages = 5 * (1 << 26) // resource.getpagesize()

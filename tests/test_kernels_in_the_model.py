@@ -11,6 +11,7 @@ from fastbert.models.heads import losses
 from fastbert_kernels.checker.sanitizer import sanitize
 from tests.random_batch import make_batch
 from tests.random_model import build, build_modern
+from tests.tiers import slow
 
 GPU = torch.cuda.is_available()
 IMPLEMENTATIONS = ("triton", "reference") if GPU else ("triton", "cpu", "reference")
@@ -36,7 +37,7 @@ def step(model, impl, batch):
     }
 
 
-@pytest.fixture(scope="module", params=[build, build_modern])
+@pytest.fixture(scope="module", params=[build, slow(build_modern)])
 def build_one(request):
     return request.param
 
@@ -86,7 +87,7 @@ def padded(batch, rest):
 
 
 @pytest.mark.parametrize(
-    "lengths", [LENGTHS, [33, 8, 100]], ids=["several tiles", "up to 128 tokens"]
+    "lengths", [slow(LENGTHS, id="several tiles"), pytest.param([33, 8, 100], id="one tile")]
 )
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_a_padded_pack_has_the_loss_and_gradients_of_the_bare_one(impl, lengths, build_one):

@@ -154,6 +154,7 @@ sys.exit(main())
 """
 
 
+@pytest.mark.slow
 def test_two_ranks_train_in_two_lanes_as_in_one(small_dataset, tmp_path):
     """Packs differ, so losses are equal to rounding; counts are equal."""
     steps = []

@@ -4,14 +4,13 @@ This is checked for three generations of GPUs, on the newest and the oldest vers
 are supported. Machine code takes a second for each of 698 kinds of launches, so the tiers divide
 the work:
 
-- The default tier runs Triton's front end for every launch on sm_90 with the newest version, and
-  for the launches of the model on each architecture with both versions. The front end is where the
-  compiler rejects what the interpreter accepts; another architecture only means other tiles.
-  Machine code of each kernel for sm_90, with the limits of that device, is made by
-  test_ahead_of_time.py.
+- The default tier runs Triton's front end for the launches of the model on sm_90 with both
+  versions. The front end is where the compiler rejects what the interpreter accepts; another
+  architecture only means other tiles.
 - `slow` runs the front end for every launch on each architecture with both versions. It makes
   machine code of every launch for sm_90 with the newest version, and of every launch of the model
-  for sm_80 with the oldest and for sm_100 with the newest.
+  for sm_80 with the oldest and for sm_100 with the newest. The limits of sm_90 are checked by
+  test_ahead_of_time.py, also there.
 
 All launches on one architecture take 7 minutes of the processor; for the others they are compiled
 by hand (`python -m benchmarks.compiled.launches`).
@@ -29,7 +28,6 @@ from pathlib import Path
 import pytest
 
 from benchmarks.compiled.launches import unreached
-from tests.tiers import slow
 from tests.uninterpreted import ROOT, run_module
 
 # `make test` puts the oldest Triton there that pyproject.toml allows.
@@ -68,9 +66,9 @@ def assert_all_compile(
     assert all(int(kinds) >= least for _, kinds in found), result.stdout
 
 
-@pytest.mark.parametrize("architectures", [["sm_90"], slow(["sm_80", "sm_100"])])
-def test_every_launch_passes_the_front_end(architectures):
-    assert_all_compile(launches("--front-end", "--architecture", *architectures), architectures)
+@pytest.mark.slow
+def test_every_launch_passes_the_front_end():
+    assert_all_compile(launches("--front-end"), ARCHITECTURES)
 
 
 @pytest.mark.slow
@@ -81,9 +79,10 @@ def test_every_launch_passes_the_front_end_of_the_oldest_triton(oldest):
 @pytest.mark.parametrize("triton", ["newest", "oldest"])
 def test_every_launch_of_the_model_passes_the_front_end(oldest, triton):
     result = launches(
-        "--front-end", "--only", "model", triton=oldest if triton == "oldest" else None
+        *("--front-end", "--only", "model", "--architecture", "sm_90"),
+        triton=oldest if triton == "oldest" else None,
     )
-    assert_all_compile(result, ARCHITECTURES, OF_THE_MODEL)
+    assert_all_compile(result, ["sm_90"], OF_THE_MODEL)
 
 
 @pytest.mark.slow
@@ -137,6 +136,7 @@ def test_none_inside_a_tuple_is_found(kernels):
     )
 
 
+@pytest.mark.slow
 def test_results_of_two_types_are_found_by_the_oldest_triton(kernels, oldest):
     """Triton 3.7 accepts it; Triton 3.6 does not."""
     none = (

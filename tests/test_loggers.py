@@ -147,6 +147,7 @@ def need(key: str) -> None:
 
 
 @pytest.mark.parametrize("key", LOGGERS)
+@pytest.mark.slow
 def test_a_tracker_gets_what_metrics_jsonl_gets_also_after_a_resume(key, tmp_path, small_dataset):
     need(key)
     place = variables(tmp_path / "tracker")

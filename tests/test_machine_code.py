@@ -79,6 +79,7 @@ def test_our_own_kernels_decode_into_what_the_hardware_demands():
     assert result.returncode == 0, result.stdout + result.stderr
 
 
+@pytest.mark.slow
 def test_launches_hand_all_options_of_a_row_to_the_compiler():
     """The options include a limit on registers."""
     result = run_module("tests.launched_options")

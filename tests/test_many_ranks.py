@@ -209,7 +209,8 @@ def alone_with_muon(lab) -> list[dict]:
 
 
 # The shares of two and four ranks cut through matrices.
-@pytest.mark.parametrize("world, stage", typical([(2, 0), (2, 1), (2, 2), (4, 1)], (2, 1)))
+@pytest.mark.parametrize("world, stage", [(2, 0), (2, 1), (2, 2), (4, 1)])
+@pytest.mark.slow
 def test_a_run_with_muon_may_change_its_ranks(lab, alone_with_muon, rounding, world, stage):
     """From some ranks to one, and from some stage to stage 0."""
     trial = lab.trial(*MUON, stage=stage)

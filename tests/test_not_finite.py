@@ -195,8 +195,8 @@ def interrupted(trial: Trial, last: int) -> list[str]:
         (hopeless, 2, 2),
         slow(hopeless, 1, 1),
         slow(stopped_while_skipping, 1, 1),
-        (stopped_at_the_step_that_breaks, 1, 1),
-        (interrupted, 1, 1),
+        slow(stopped_at_the_step_that_breaks, 1, 1),
+        slow(interrupted, 1, 1),
     ],
 )
 def test_broken_weights_push_out_no_checkpoint(lab, last, end, every, keep):

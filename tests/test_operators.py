@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastbert_kernels._spec import Shape, Spec
 from fastbert_kernels.specs import SPECS
 from tests.test_kernels import DTYPES, GPU, fresh_memory_is_nan, place, run, watched
-from tests.tiers import slow
+from tests.tiers import slow, typical
 
 __all__ = ["fresh_memory_is_nan"]  # used by every test
 
@@ -153,7 +153,7 @@ def test_compiled_under_autocast_it_gives_the_same_bits(name):
     )
 
 
-@pytest.mark.parametrize("name", TRITON)
+@pytest.mark.parametrize("name", typical(TRITON, "attention", "mlm_loss"))
 def test_a_batch_of_another_length_is_not_compiled_again(name):
     shape = usual(name)
     longer = {

@@ -13,6 +13,7 @@ import torch
 
 from fastbert.out_of_memory import shortage
 from tests.ranks import Ranks, runs
+from tests.tiers import slow
 from tests.trials import Laboratory
 
 GIB = 1 << 30
@@ -85,7 +86,7 @@ def lab(tmp_path_factory, small_dataset) -> Laboratory:
     return Laboratory(tmp_path_factory.mktemp("memory"), small_dataset.path)
 
 
-@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("world", [1, slow(2)])
 def test_a_step_that_does_not_fit(lab, world):
     """One rank has no memory for [tokens, intermediate_size].
 

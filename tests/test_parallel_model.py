@@ -19,6 +19,7 @@ from fastbert.data.batches import Batches, heldout_batches
 from fastbert.training.engine import Engine
 from fastbert.training.parallel_model import ParallelModel
 from tests.test_engine import CONFIG, new_model, settings, sgd, state_of
+from tests.tiers import slow
 
 
 @pytest.fixture(scope="module")
@@ -170,7 +171,7 @@ def test_torchs_threads_are_divided_and_given_back(small_dataset):
         torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize("stage", [0, slow(1), slow(2)])
 def test_an_engine_in_processes_trains_and_evaluates_the_same(small_dataset, stage):
     batches, config = Batches(small_dataset, CONFIG), sgd()
     heldout = heldout_batches(small_dataset, CONFIG, 9)

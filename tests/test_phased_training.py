@@ -19,6 +19,7 @@ from fastbert.tasks.load import load
 from fastbert.tasks.run_report import report
 from tests.mixed_runs import PHASES, newest, records, refusal, train, write
 from tests.ranks import Ranks
+from tests.tiers import slow
 
 
 @pytest.fixture
@@ -64,6 +65,7 @@ def test_baselines_are_means_by_the_same_shares(recipe, two_sources):
     assert f"word frequencies ({unigram:.2f})" in log
 
 
+@pytest.mark.slow
 def test_a_resumed_mixture_is_the_same_to_the_last_digit(recipe, tmp_path):
     train(recipe)
     train(recipe, f"run={tmp_path / 'cut'}", "stop.steps=5")
@@ -149,7 +151,7 @@ def test_phases_change_the_run_and_are_reported(two_sources, tmp_path):
     assert evaluate(model, two_sources[0].path, 8).sequences == 8
 
 
-@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("world", [slow(1), 2])
 def test_a_run_killed_at_the_border_of_a_phase_continues_to_the_last_digit(
     two_sources, tmp_path, world
 ):

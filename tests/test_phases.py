@@ -99,19 +99,19 @@ def test_ends_in_tokens_are_those_that_the_run_counts(datasets):
     config = recipe(
         datasets,
         {"tokens": 40_000, "batch": {"max_length": 16}},
-        {"tokens": 160_000, "weights": [0.2, 0.8]},
+        {"tokens": 100_000, "weights": [0.2, 0.8]},
         {"objective": {"mask_rate": 0.05}},
-        **{"stop.steps": None, "stop.tokens": 400_000, "schedule.over": "tokens"},
+        **{"stop.steps": None, "stop.tokens": 200_000, "schedule.over": "tokens"},
     )
     batches = Batches(datasets, config)
     ends = [phase.first for phase in batches.timetable.phases[1:]]
     tokens = np.cumsum(
-        [sum(p.tokens for p in batches.step(step)) for step in range(ends[-1] + 900)]
+        [sum(p.tokens for p in batches.step(step)) for step in range(ends[-1] + 500)]
     )
-    for end, wanted in zip(ends, (40_000, 160_000), strict=True):
+    for end, wanted in zip(ends, (40_000, 100_000), strict=True):
         assert tokens[end - 1] == pytest.approx(wanted, rel=0.01)
     planned = batches.timetable.planned_steps()
-    assert planned is not None and tokens[planned - 1] == pytest.approx(400_000, rel=0.01)
+    assert planned is not None and tokens[planned - 1] == pytest.approx(200_000, rel=0.01)
 
 
 def test_an_end_before_the_phase_begins_is_an_error(datasets):
@@ -165,7 +165,7 @@ def test_another_length_continues_at_the_same_share_of_the_epoch(datasets):
     assert max(p.max_seqlen for p in batches.step(20)) <= 16
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=5, deadline=None)
 @given(data=st.data())
 def test_any_step_can_be_drawn_alone(datasets, data):
     """A table of a made-up recipe, and a walk that counts examples from the first step on."""
@@ -205,7 +205,7 @@ def test_a_branch_continues_as_the_run_itself(datasets):
         {"batch": {"sequences": 32, "warmup_tokens": 9000}},
     )
     whole = Batches(datasets, config)
-    for step in (1, 8, 9, 10, 30, 40, 100):
+    for step in (1, 9, 40):
         origin = Position.load(json.loads(json.dumps(whole.timetable.position(step).dump())))
         branch = Batches(datasets, config, origin)
         assert branch.timetable.first_step == step

@@ -34,6 +34,7 @@ from fastbert.data.split import Split
 from fastbert.data.tokenizer import load_tokenizer
 from fastbert.errors import InputError
 from fastbert.machine import usable_cores
+from tests.tiers import slow
 
 
 @pytest.fixture(scope="module")
@@ -423,7 +424,7 @@ def pieces_in(work: Path) -> dict[str, int]:
     return {path.name: path.stat().st_mtime_ns for path in work.glob("piece-*.npz")}
 
 
-@pytest.mark.parametrize("end", ["interrupt", "terminate", "worker killed"])
+@pytest.mark.parametrize("end", [slow("interrupt"), slow("terminate"), "worker killed"])
 def test_ended_from_outside(several_chunks: Path, tmp_path: Path, end: str) -> None:
     """After Ctrl-C, SIGTERM or a killed worker the next run uses what is finished."""
     work = tmp_path / "dataset.work"

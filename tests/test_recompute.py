@@ -21,7 +21,7 @@ from fastbert.recipe import load_config
 from fastbert.training.parallel_model import ParallelModel
 from tests.random_batch import VOCAB, make_batch
 from tests.test_engine import CONFIG, engine, state_of
-from tests.tiers import slow
+from tests.tiers import slow, typical
 
 CONFIGS: dict[str, ModelConfig] = {
     "bert": BertConfig(
@@ -122,6 +122,7 @@ def test_operations_are_those_that_torch_counts(config):
     assert again == pytest.approx(counted[1], rel=0.03)
 
 
+@pytest.mark.parametrize("model", typical(CONFIGS, "bert"), indirect=True)
 def test_children_compute_again_too(model):
     model.recompute = True
     alone = [losses(model(make_batch(LENGTHS, seed))).token_losses for seed in (0, 1)]

@@ -603,6 +603,7 @@ def spring(port: int, trap: Path) -> Any:
     return stranger
 
 
+@pytest.mark.slow
 def test_no_code_of_a_stranger_is_run_while_it_trains(tmp_path):
     """The run is not disturbed either, and a later node joins normally."""
     (tmp_path / "worker.py").write_text(WORKER)

@@ -24,9 +24,20 @@ from benchmarks.kernels.cases import Case
 from benchmarks.kernels.traffic import GATES, Count, Gate, Work, faults, measure, table
 from fastbert_kernels._tiles import chosen_by
 from fastbert_kernels.specs import SPECS
+from tests.tiers import slow
+
+# They move the most bytes.
+LARGE = (
+    *("add_norm", "geglu", "embedding"),
+    *("attention general p=0.1 bfloat16", "attention window p=0.1 bfloat16"),
+)
 
 
-@pytest.mark.parametrize("gate", GATES, ids=str)
+@pytest.mark.parametrize(
+    "gate",
+    [slow(gate) if str(gate).startswith(LARGE) else gate for gate in GATES],
+    ids=str,
+)
 def test_kernels_move_no_more_than_they_must(gate):
     result = measure(gate)
     print(table([result]))

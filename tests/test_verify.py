@@ -272,6 +272,7 @@ def test_a_run_is_refused_too_when_it_resumes(lab, copy):
     trial.resume()
 
 
+@pytest.mark.slow
 def test_a_large_dataset_takes_longer_than_ranks_wait_for_each_other(lab, copy):
     """A sparse dataset of 10 TB: the ranks report progress and stay together.
 

@@ -381,6 +381,7 @@ def test_the_chi_square_is_what_the_pieces_of_a_window_predict(tmp_path):
     assert means[0] > 1.5 > means[1]
 
 
+@pytest.mark.slow
 def test_what_prepare_made_of_sorted_sources_mixes(tmp_path, monkeypatch):
     """A window of 4 GiB has 4,096 segments of 1 MiB where two bytes of text make a token.
 
