@@ -1,16 +1,14 @@
 """Check that the kernel that `Prepared` launches is the one that Triton would launch.
 
 test_launch.py runs it without the interpreter. It goes through SPECS: a shape of each kind, in
-bf16, with and without dropout, with aligned and misaligned tensors, forward and backward. With
-`--short` it is one shape of each operation with dropout, and only those of `norm` are misaligned.
-The first launch of each kind asks Triton. It prints how many launches were compared, and how many
-of them did not ask.
+bf16, with and without dropout, with aligned and misaligned tensors, forward and backward. The first
+launch of each kind asks Triton. It prints how many launches were compared, and how many of them did
+not ask.
 """
 
 from __future__ import annotations
 
 import inspect
-import sys
 from collections import Counter
 from typing import Any
 
@@ -66,15 +64,11 @@ def run(spec: Any, shape: Any, dtype: torch.dtype, p: float, move: Any) -> None:
 
 
 Prepared.__call__ = both  # type: ignore[method-assign]
-short = sys.argv[1:] == ["--short"]
 with no_launch("sm_90"):
-    for name, spec in SPECS.items():
+    for spec in SPECS.values():
         kinds = {tuple(shape): shape for shape in spec.shapes}  # the last of each set of axes
-        for shape in list(kinds.values())[-1 if short else 0 :]:
-            for p in ((0.1,) if short else (0.0, 0.1)) if spec.dropout else (0.0,):
-                moves = [lambda x: x, misaligned, lambda x: x]
-                if short and name != "norm":
-                    moves.remove(misaligned)
-                for move in moves:
+        for shape in kinds.values():
+            for p in (0.0, 0.1) if spec.dropout else (0.0,):
+                for move in (lambda x: x, misaligned, lambda x: x):
                     run(spec, shape, torch.bfloat16, p, move)
 print(seen["compared"], seen["direct"])

@@ -73,6 +73,7 @@ def test_programs_that_do_not_fuse_take_longer_than_planned(run):
     assert -0.5 < published_row(run)["difference"] < -0.2
 
 
+@pytest.mark.slow
 def test_what_it_writes(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(bench_plan, "QUICK", QUICK[:1])
     page = tmp_path / "page.md"

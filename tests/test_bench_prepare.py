@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from benchmarks.data.bench_prepare import same, write_text
 from fastbert.data.dataset import TokenDataset
 from tests.ranks import ROOT
@@ -32,6 +34,7 @@ def test_folders_are_compared(tmp_path: Path) -> None:
     assert not same(tmp_path / "a", tmp_path / "b")
 
 
+@pytest.mark.slow
 def test_a_small_run(small_dataset: TokenDataset, english_jsonl: Path, tmp_path: Path) -> None:
     arguments = [english_jsonl, small_dataset.path, "--out", tmp_path, "--mb", "1", "--rounds", "1"]
     command = [sys.executable, "-m", "benchmarks.data.bench_prepare", *map(str, arguments)]

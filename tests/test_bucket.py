@@ -22,7 +22,6 @@ from fastbert.durable import sha256_of
 from fastbert.storage import Url
 from tests.ranks import Ranks
 from tests.store_server import BUCKET, Faults, Proxy, credentials, make_bucket, s3_server
-from tests.tiers import typical
 from tests.trials import Laboratory, Trial, wait_for
 
 ALL = ("uploading", "share-uploaded", "records-uploaded", "publishing", "manifest-uploaded")
@@ -119,7 +118,8 @@ def test_ranks_without_a_common_disk_train_as_on_one(lab, proxy, dataset_url, tm
     assert any(f"resuming after step 16 from {trial.url}/checkpoints/" in line for line in out)
 
 
-@pytest.mark.parametrize("point", typical(ALL, "publishing"))
+@pytest.mark.slow
+@pytest.mark.parametrize("point", ALL)
 def test_a_kill_at_an_upload_leaves_the_newest_valid_checkpoint(lab, proxy, tmp_path, point):
     trial = BucketTrial(tmp_path / "a", proxy, lab.dataset)
     with trial.start(FASTBERT_FAILPOINT=f"{point}@3") as ranks:

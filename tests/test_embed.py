@@ -406,6 +406,7 @@ model.next_sentence(texts[0], texts[1])
 """
 
 
+@pytest.mark.slow
 def test_a_line_of_five_megabytes_takes_little_memory(folder):
     done = subprocess.run(
         [sys.executable, "-c", LONG, str(folder)],

@@ -12,17 +12,16 @@ from fastbert_kernels.gelu import kernel as gelu_kernel
 from fastbert_kernels.specs import SPECS
 from tests.test_kernel_properties import inputs, tensors
 from tests.test_kernels import GPU, watched
-from tests.tiers import slow
 from tests.uninterpreted import run_module
 
 X = torch.ones(3, 32, device="cuda" if GPU else "cpu")
 
 
 @pytest.mark.skipif(GPU, reason="the driver that launches nothing takes tensors of the CPU")
-@pytest.mark.parametrize("options", [["--short"], slow([])])
-def test_a_prepared_kernel_is_the_one_that_triton_finds(options):
+@pytest.mark.slow
+def test_a_prepared_kernel_is_the_one_that_triton_finds():
     """This runs without the interpreter, which compiles nothing."""
-    result = run_module("tests.launched_twice", *options)
+    result = run_module("tests.launched_twice")
     assert result.returncode == 0, result.stdout + result.stderr
     compared, direct = map(int, result.stdout.split())
     assert direct > compared / 4

@@ -272,6 +272,7 @@ def test_programs_follow_each_other_in_a_place():
 # The search for tiles
 
 
+@pytest.mark.slow
 def test_a_row_is_judged_by_the_kernels_that_it_serves():
     rows = {
         ("gelu_forward", "4096"): {(3072, 0), (4096, 0)},

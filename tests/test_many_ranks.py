@@ -15,7 +15,7 @@ from fastbert.models.heads import losses
 from fastbert.recipe import load_config
 from fastbert.training.optimizer import build_optimizer
 from fastbert.training.schedule import factor
-from tests.tiers import typical
+from tests.tiers import slow, typical
 from tests.trials import Laboratory, Trial
 
 STEPS = 50
@@ -128,7 +128,7 @@ def test_averaging_the_means_of_ranks_would_be_noticed(alone, lab, small_dataset
     assert far(by_torch(lab, small_dataset, torch.float32, ranks=2), alone) > 100 * rounding
 
 
-@pytest.mark.parametrize("world, stage, tokens", [(2, 3, PACKS[0]), (4, 0, PACKS[0])])
+@pytest.mark.parametrize("world, stage, tokens", [slow(2, 3, PACKS[0]), (4, 0, PACKS[0])])
 def test_the_first_steps_are_those_of_the_whole_batch(lab, alone, rounding, world, stage, tokens):
     """Another condition ends the run early, so the learning rates are those of all steps."""
     enough = sum(step["tokens"] for step in alone[:FIRST])

@@ -13,6 +13,7 @@ from tests.test_kernels import GPU, place, run, watched
 from tests.test_kernels import (
     test_agrees_with_the_reference_in_fp64 as agrees,
 )  # by another name, not to be collected again
+from tests.tiers import slow
 
 DEVICE = "cuda" if GPU else "cpu"
 BIN = embedding_kernel._BIN
@@ -75,7 +76,7 @@ def test_one_gradient_for_two_inputs_is_still_two():
     assert torch.equal(x.grad, residual.grad) and x.grad.data_ptr() != residual.grad.data_ptr()
 
 
-@pytest.mark.parametrize("name", ["norm", "gelu", "embedding"])
+@pytest.mark.parametrize("name", ["norm", "gelu", slow("embedding")])
 def test_strided_rows_make_no_difference(name):
     spec = SPECS[name]
     arguments = inputs(name, spec.shapes[2], 0.1)

@@ -44,6 +44,7 @@ from fastbert.recipe import load_config, parse_config
 from fastbert.training.muon import Muon, is_hidden
 from fastbert_kernels.checker.sanitizer import sanitize
 from tests.modern_bert import CONFIGS
+from tests.tiers import slow
 
 MODEL = BertConfig(
     hidden_size=32,
@@ -284,7 +285,9 @@ def test_activations_are_what_autograd_keeps(kernels, longest, dtype, dropout):
     assert predicted == pytest.approx(kept, rel=0.02)
 
 
-@pytest.mark.parametrize(("kernels", "longest", "dtype", "dropout"), [*ON_CPU, *INTERPRETED])
+@pytest.mark.parametrize(
+    ("kernels", "longest", "dtype", "dropout"), [*ON_CPU, *(slow(*case) for case in INTERPRETED)]
+)
 def test_activations_of_modernbert_are_what_autograd_keeps(kernels, longest, dtype, dropout):
     config = ModernBertConfig(
         hidden_size=32,

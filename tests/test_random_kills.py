@@ -31,6 +31,7 @@ def test_kill_9_at_any_moment(lab, number, seed):
     assert tally.passed and tally.tried == number, str(tally)
 
 
+@pytest.mark.slow
 def test_rank_0_dies_as_the_run_begins(lab):
     """Rank 0 has just claimed the run folder, and the other rank waits for the result.
 

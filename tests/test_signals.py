@@ -195,6 +195,7 @@ def test_the_commands_that_users_type(lab, launcher, world, stage, code):
     assert lab.finish(trial, world, stage).passed
 
 
+@pytest.mark.slow
 def test_a_signal_while_torch_is_imported(lab):
     trial = lab.trial()
     with started(by_hand(trial), trial) as process:

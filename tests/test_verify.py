@@ -232,7 +232,7 @@ def a_baseline(path: Path) -> None:
     forge(path, "baselines.json", lambda data: data.replace(b"unigram", b"unicorn"))
 
 
-@pytest.mark.parametrize("world", [slow(1), 2])
+@pytest.mark.parametrize("world", [1, slow(2)])
 @pytest.mark.parametrize(
     "damage, words",
     [

@@ -48,7 +48,7 @@ def test_with_window_0_a_query_sees_itself(impl):
         assert float(found[key].abs().max()) < 1e-5 * float(found["dv"].abs().max())
 
 
-@pytest.mark.parametrize("p", [0.0, 0.1])
+@pytest.mark.parametrize("p", [0.0, slow(0.1)])
 @pytest.mark.parametrize("lengths", [[40, 1, 0, 128], [300, 7, 129]], ids=["one tile", "several"])
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_a_window_that_reaches_over_the_sequence_hides_nothing(impl, lengths, p):
@@ -129,7 +129,7 @@ def test_it_is_the_sliding_window_of_transformers():
 
 
 @pytest.mark.skipif(GPU, reason="it counts in the interpreter")
-@pytest.mark.parametrize("cut", [False, True], ids=["all", "cut"])
+@pytest.mark.parametrize("cut", [slow(False, id="all"), pytest.param(True, id="cut")])
 def test_the_work_grows_with_the_length_times_the_window(cut):
     """Twice the tokens have at most twice the products and bytes, and as many more as an edge."""
 
