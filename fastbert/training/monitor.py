@@ -136,7 +136,7 @@ class Monitor:
         if self._redraws:
             self._bar.start()
         self._window = _Window(time.perf_counter())
-        self._drawn = -math.inf
+        self._drawn = time.perf_counter()
         self._norms = diagnosis.GradientNorm(recipe)
         self._losses = diagnosis.TrainingLoss(vocab_size, recipe)
         self._advised: set[str] = set()
