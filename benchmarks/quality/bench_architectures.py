@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from benchmarks.harness.tables_and_plots import table
 from benchmarks.quality.bench_downstream import (
     FULL,
     TASKS,
+    Extent,
     Job,
     check_texts,
     describe_task,
@@ -104,13 +106,26 @@ def compared(data: Path, minutes: float, seeds: list[int], out: Path) -> list[Ro
     return list(one_on_each(run, [(seed, side) for seed in seeds for side in sides]))
 
 
-def fine_tuned(texts: Path, seeds: list[int], out: Path) -> list[Row]:
-    """The tasks, the trials of the search, and one trial for each task and pre-trained model."""
+def fine_tuned(texts: Path, seeds: list[int], out: Path, extent: Extent = FULL) -> list[Row]:
+    """The tasks, the trials of the search, and one trial for each task and pre-trained model.
+
+    Of `extent` only the learning rates and the steps count.
+    """
     runs, kept = (out / "architectures").resolve(), out / "architectures-trials"
     kept.mkdir(exist_ok=True)
-    tried, best = search(texts, {side: runs / f"{side}-{seeds[0]}" for side in MODELS}, FULL, kept)
+    first = {side: runs / f"{side}-{seeds[0]}" for side in MODELS}
+    tried, best = search(texts, first, replace(extent, examples=(None,)), kept)
     jobs = [
-        Job(texts, runs / f"{side}-{seed}", task, side, EXAMPLES, seed, best[task, side])
+        Job(
+            texts,
+            runs / f"{side}-{seed}",
+            task,
+            side,
+            EXAMPLES,
+            seed,
+            best[task, side],
+            extent.steps,
+        )
         for task, seed, side in itertools.product(TASKS, seeds, MODELS)
     ]
     return [*(describe_task(texts, task) for task in TASKS), *tried, *results(jobs, kept)]
@@ -159,6 +174,14 @@ def tasks_table(rows: list[Row]) -> str:
     return table([*columns, *(f"seed {seed}" for seed in seeds), "mean"], lines)
 
 
+def report(rows: list[Row]) -> str:
+    """The table of the pre-training runs, and that of the tasks where rows has trials."""
+    tables = architectures_table(rows)
+    if any(row["part"] == "trial" for row in rows):
+        tables += f"\n\nAccuracy on the test after fine-tuning:\n\n{tasks_table(rows)}"
+    return tables
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -176,10 +199,9 @@ def main() -> None:
     if given.texts:
         check_texts(parser, given.texts)
     rows = compared(given.data.resolve(), given.minutes, given.seeds, given.out)
-    text = f"BERT against ModernBERT of the demo's size\n\n{architectures_table(rows)}"
     if given.texts:
         rows += fine_tuned(given.texts, given.seeds, given.out)
-        text += f"\n\nAccuracy on the test after fine-tuning\n\n{tasks_table(rows)}"
+    text = f"BERT against ModernBERT of the demo's size\n\n{report(rows)}"
     Record(header(torch.device("cpu")), rows).write(given.out, "architectures", text)
     print(text)
 
