@@ -14,7 +14,7 @@ from pathlib import Path
 
 from benchmarks.harness.record import Record, read_record
 from benchmarks.harness.tables_and_plots import filled, places, table
-from benchmarks.quality.bench_architectures import architectures_table
+from benchmarks.quality import bench_architectures
 from benchmarks.quality.bench_downstream import downstream_table, models_table
 from benchmarks.quality.bench_quality import TRAINER, sooner_table
 from benchmarks.quality.sweep import sweep_table
@@ -128,7 +128,7 @@ def _sweep(record: Record) -> str:
 
 
 def _architectures(record: Record) -> str:
-    return f"{_machine(record)}\n\n{architectures_table(list(record.rows))}"
+    return f"{_machine(record)}\n\n{bench_architectures.report(list(record.rows))}"
 
 
 # By name of the place: the record, and the function that writes the text from it.

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 PRESETS: dict[str, dict[str, int]] = {
-    # Turc et al., 2019, "Well-Read Students Learn Better", table 1.
-    # base and large: Devlin et al., 2019, section 3.
+    # tiny to medium: Turc et al., 2019, "Well-Read Students Learn Better", with the names of
+    # google-research/bert. base and large: Devlin et al., 2019, section 3.
     name: {
         "num_hidden_layers": layers,
         "hidden_size": hidden,
@@ -30,8 +30,9 @@ PRESETS: dict[str, dict[str, int]] = {
 }
 
 MODERNBERT_PRESETS: dict[str, dict[str, int]] = {
-    # base and large: Warner et al., 2024, appendix A, table 4. tiny, mini and small are the
-    # encoders of 17, 32 and 68 M parameters of Weller et al., 2025 (Ettin), table 1.
+    # base and large: Warner et al., 2024, as in config.json of answerdotai/ModernBERT-base and
+    # -large. tiny, mini and small: the encoders of 17, 32 and 68 M parameters of Weller et al.,
+    # 2025 (Ettin), as in pretraining/ of JHU-CLSP/ettin-encoder-vs-decoder.
     name: {
         "num_hidden_layers": layers,
         "hidden_size": hidden,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import types
 from collections.abc import Callable, Mapping
 
-from fastbert.config import ModernBertConfig, RunConfig, Weights
+from fastbert.config import ModernBertConfig, OptimizerConfig, RateConfig, RunConfig, Weights
 from fastbert.errors import InputError
 
 
@@ -39,10 +39,14 @@ def check_config(
     lengths = [(f"phase {i}: ", p.batch.max_length) for i, p in enumerate(config.phase, 1)]
     for place, length in [("", batch.max_length), *lengths]:
         if length and length > model.max_position_embeddings:
+            hint = "lower the one or raise the other"
+            if config.init is not None and not isinstance(model, ModernBertConfig):
+                hint += (
+                    f'; if init = {config.init!r} is a ModernBERT, set model.type = "modernbert"'
+                )
             raise InputError(
                 f"{where(place + 'batch.max_length')}: {place}batch.max_length = {length} is more "
-                f"than model.max_position_embeddings = {model.max_position_embeddings}; "
-                "lower the one or raise the other"
+                f"than model.max_position_embeddings = {model.max_position_embeddings}; {hint}"
             )
         if length and batch.micro_batch_tokens < length:
             raise InputError(
@@ -96,7 +100,24 @@ def check_config(
                 f"{where(place + 'schedule.cooldown')}: {place}schedule.warmup + "
                 f"schedule.cooldown = {schedule.warmup + schedule.cooldown:g}; must be 1 at most"
             )
-    if config.optimizer.name == "muon" and config.optimizer.momentum == 1:
+        if (
+            schedule
+            and schedule.decay != "wsd"
+            and schedule.cooldown_shape != RateConfig.cooldown_shape
+        ):
+            raise InputError(
+                f"{where(place + 'schedule.cooldown_shape')}: {place}schedule.cooldown_shape = "
+                f'"{schedule.cooldown_shape}" with schedule.decay = "{schedule.decay}", which has '
+                'no cooldown; set schedule.decay = "wsd", or leave cooldown_shape out'
+            )
+    optimizer = config.optimizer
+    if optimizer.name not in ("muon", "sgd") and optimizer.momentum != OptimizerConfig.momentum:
+        raise InputError(
+            f"{where('optimizer.momentum')}: optimizer.momentum = {optimizer.momentum:g} with "
+            f'optimizer.name = "{optimizer.name}", which takes betas; leave momentum out, or set '
+            'optimizer.name to "muon" or "sgd"'
+        )
+    if optimizer.name == "muon" and optimizer.momentum == 1:
         raise InputError(
             f"{where('optimizer.momentum')}: optimizer.momentum = 1 with "
             'optimizer.name = "muon"; must be below 1'

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastbert.config import PRESETS, RunConfig
+from fastbert.config import MODERNBERT_PRESETS, PRESETS, RunConfig
 from fastbert.errors import InputError
 from fastbert.recipe import FIXED, dump_config, load_config, parse_config
 
@@ -34,6 +34,16 @@ def test_preset_fills_in_what_is_not_said():
     config = parse_config('data = "x"\n[model]\npreset = "mini"\nnum_hidden_layers = 6', "a.toml")
     assert config.model.num_hidden_layers == 6
     assert config.model.hidden_size == PRESETS["mini"]["hidden_size"]
+
+
+def test_presets_of_modernbert_have_the_published_numbers_of_parameters():
+    """Those of Ettin, and of ModernBERT-base and -large, with a vocabulary of 50,368 tokens."""
+    millions = [
+        round((50_368 * d + size["num_hidden_layers"] * (4 * d * d + 3 * d * f)) / 1e6)
+        for size in MODERNBERT_PRESETS.values()
+        for d, f in [(size["hidden_size"], size["intermediate_size"])]
+    ]
+    assert millions == [17, 32, 68, 149, 395]
 
 
 def test_a_path_may_begin_with_the_home_folder(monkeypatch):
@@ -131,6 +141,18 @@ WRONG = [
     (
         'data = "x"\n[schedule]\ndecay = "wsd"\nwarmup = 0.9\ncooldown = 0.3',
         "schedule.warmup \\+ schedule.cooldown = 1.2",
+    ),
+    (
+        'data = "x"\n[schedule]\ndecay = "cosine"\ncooldown_shape = "1-sqrt"',
+        'schedule.cooldown_shape = "1-sqrt" with schedule.decay = "cosine"',
+    ),
+    (
+        'data = "x"\n[optimizer]\nname = "stable_adamw"\nmomentum = 0.95',
+        'optimizer.momentum = 0.95 with optimizer.name = "stable_adamw"',
+    ),
+    (
+        'data = "x"\ninit = "m"\n[batch]\nmax_length = 1024',
+        "if init = 'm' is a ModernBERT, set model.type = \"modernbert\"",
     ),
     ('data = "x', "not valid TOML"),
 ]

@@ -441,6 +441,26 @@ def test_the_micro_batch_that_is_advised_fits():
     assert at(advised).memory_total <= at(advised).memory_of_gpu < at(2 * advised).memory_total
 
 
+@pytest.mark.parametrize(
+    ("tokens", "more", "advised"),
+    [
+        (100_000, "", True),
+        (100_000, "recompute = true\n", False),
+        (100_000, "cuda_graphs = true\n", False),  # the two do not go together
+        (400_000, "", False),
+    ],
+)
+def test_recomputing_is_advised_where_it_makes_the_run_fit(tokens, more, advised):
+    def at(more: str) -> Plan:
+        text = f"[batch]\nsequences = 50000\nmicro_batch_tokens = {tokens}\n[runtime]\n{more}"
+        return plan(recipe(text), "x", 1, "l4", stage=1, mean_length=128)
+
+    p = at(more)
+    assert ("runtime.recompute = true" in p.limit) == advised
+    if advised:
+        assert at("recompute = true\n").memory_total <= p.memory_of_gpu < p.memory_total
+
+
 def test_the_end_of_the_run_is_the_first_condition_reached():
     def steps(stop: str, over: str = "steps") -> int | None:
         config = recipe(f'[schedule]\nover = "{over}"\n[stop]\n{stop}\n')

@@ -38,9 +38,9 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -145,6 +145,7 @@ def trial(job: Job) -> Row:
 
 def fine_tuned(job: Job, model: Path) -> Row:
     torch.set_num_threads(1)
+    keep_heap()
     training, test = read(job)
     pretrained = load(model, device="cpu")
     if job.side == SCRATCH:
@@ -243,6 +244,34 @@ def searched(jobs: Sequence[Job], rows: Sequence[Row]) -> dict[tuple[str, str], 
         if key not in best or row["heldout"] > best[key]["heldout"]:
             best[key] = row
     return {key: row["lr"] for key, row in best.items()}
+
+
+def results(jobs: Sequence[Job], kept: Path) -> list[Row]:
+    """The results in the order of the jobs, which run one on each core."""
+    os.environ["OMP_NUM_THREADS"] = "1"  # for the worker processes
+    rows = []
+    with ProcessPoolExecutor(
+        len(os.sched_getaffinity(0)), multiprocessing.get_context("spawn")
+    ) as pool:
+        for job, row in zip(jobs, pool.map(run, jobs, itertools.repeat(kept)), strict=False):
+            print(
+                f"{job.name}  lr {job.lr:g}  held out {row['heldout']:.1%}  {row['seconds']:.0f} s",
+                flush=True,
+            )
+            rows.append(row)
+    return rows
+
+
+def search(
+    texts: Path, models: Mapping[str, Path], extent: Extent, kept: Path
+) -> tuple[list[Row], dict[tuple[str, str], float]]:
+    """Try every learning rate on each task and side; the rows, and the best rates."""
+    jobs = [
+        Job(texts, model, task, side, extent.examples[-1], SEARCH_SEED, lr, extent.steps)
+        for task, (side, model), lr in itertools.product(TASKS, models.items(), extent.rates)
+    ]
+    rows = results(jobs, kept)
+    return rows, searched(jobs, rows)
 
 
 def sides(rows: Iterable[Row]) -> list[str]:
@@ -459,6 +488,15 @@ def report(rows: Sequence[Row]) -> str:
     )
 
 
+def check_texts(parser: argparse.ArgumentParser, texts: Path) -> None:
+    """End with an error if the folder does not contain the two tasks."""
+    if not (texts / "pretrain.jsonl").is_file():
+        parser.error(
+            f"{texts}: not a folder made by examples/labelled_texts.py; "
+            "run make data/labelled/pretrain.jsonl to make one"
+        )
+
+
 def arguments() -> tuple[argparse.Namespace, list[Row]]:
     """The parsed command line, and the rows of `--record`."""
     parser = argparse.ArgumentParser(
@@ -490,11 +528,7 @@ def arguments() -> tuple[argparse.Namespace, list[Row]]:
         help="200 examples, one seed, no search, to check that it works",
     )
     given = parser.parse_args()
-    if not (given.texts / "pretrain.jsonl").is_file():
-        parser.error(
-            f"{given.texts}: not a folder made by examples/labelled_texts.py; "
-            "run make data/labelled/pretrain.jsonl to make one"
-        )
+    check_texts(parser, given.texts)
     for path in filter(None, (given.model, *given.beside)):
         if not path.is_dir():
             parser.error(f"{path}: no such model folder")
@@ -547,7 +581,6 @@ def arguments() -> tuple[argparse.Namespace, list[Row]]:
 
 def main() -> None:
     given, recorded = arguments()
-    keep_heap()
     extent = QUICK if given.quick else FULL
     kept = given.out / "downstream-trials"
     kept.mkdir(parents=True, exist_ok=True)
@@ -556,48 +589,23 @@ def main() -> None:
     if not recorded:
         model = given.model or pretrain(given.data, given.out / "downstream-model")
         models = {SCRATCH: model, PRETRAINED: model} | models
-    os.environ["OMP_NUM_THREADS"] = "1"  # for the worker processes below
-
-    first = Job(
-        given.texts, None, "topics", WORDS, extent.examples[-1], SEARCH_SEED, steps=extent.steps
-    )
-    search = [
-        replace(first, task=task, side=side, model=model, lr=lr)
-        for task, (side, model), lr in itertools.product(TASKS, models.items(), extent.rates)
-    ]
-    with ProcessPoolExecutor(
-        len(os.sched_getaffinity(0)), multiprocessing.get_context("spawn")
-    ) as pool:
-
-        def every(jobs: Sequence[Job]) -> list[Row]:
-            rows = []
-            for job, row in zip(jobs, pool.map(run, jobs, itertools.repeat(kept)), strict=False):
-                print(
-                    f"{job.name}  lr {job.lr:g}  held out {row['heldout']:.1%}  "
-                    f"{row['seconds']:.0f} s",
-                    flush=True,
-                )
-                rows.append(row)
-            return rows
-
-        tried = every(search)
-        best = searched(search, tried)
-        measured = every(
-            [
-                replace(
-                    first,
-                    task=task,
-                    side=side,
-                    model=models.get(side),
-                    examples=examples,
-                    seed=seed,
-                    lr=best.get((task, side), 0.0),
-                )
-                for task, examples, side, seed in itertools.product(
-                    TASKS, extent.examples, (*words, *models), extent.seeds
-                )
-            ]
+    tried, best = search(given.texts, models, extent, kept)
+    jobs = [
+        Job(
+            given.texts,
+            models.get(side),
+            task,
+            side,
+            examples,
+            seed,
+            best.get((task, side), 0.0),
+            extent.steps,
         )
+        for task, examples, side, seed in itertools.product(
+            TASKS, extent.examples, (*words, *models), extent.seeds
+        )
+    ]
+    measured = results(jobs, kept)
     machine = header(torch.device("cpu"))
     described = [describe_model(side, path, machine["commit"]) for side, path in models.items()]
     tasks = [] if recorded else [describe_task(given.texts, task) for task in TASKS]

@@ -21,6 +21,7 @@ from fastbert import load
 from fastbert.config import RunConfig
 from fastbert.data.batches import heldout_batches
 from fastbert.data.dataset import open_dataset
+from fastbert.heap import keep_heap
 from fastbert.machine import probe_bf16
 from fastbert.models.heads import losses
 from fastbert.planning.step_speed import measure_speed
@@ -34,8 +35,9 @@ EVALUATED = 4096  # held-out examples
 def speeds(data: Path, sides: Mapping[str, RunConfig]) -> Row:
     """Tokens of each side's model per second of the processor, the median of ROUNDS in turns."""
     torch.set_num_threads(1)
+    keep_heap()  # as in the runs, like the operands below
     dataset, cpu = open_dataset(data), torch.device("cpu")
-    operands = torch.bfloat16 if probe_bf16().pays else None  # as in the runs
+    operands = torch.bfloat16 if probe_bf16().pays else None
     found = [
         {
             side: measure_speed(config, dataset, cpu, operands, time.process_time).tokens_per_s

@@ -11,7 +11,8 @@ import difflib
 import math
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -331,10 +332,10 @@ def plan(
 
     P, muon = count_parameters(config.model, vocab_size), config.optimizer.name == "muon"
     packs = _packs(config, lengths, gpus)
-    memory = memory_by_part(
-        config,
-        vocab_size,
-        packs[0],
+    needed = partial(
+        memory_by_part,
+        vocab_size=vocab_size,
+        pack=packs[0],
         micro_batches=len(packs),
         gpus=gpus,
         stage=stage,
@@ -343,6 +344,11 @@ def plan(
         zero=zero,
         processes=processes_for(config.batch.sequences, usable_cores()) if on_cpu else 1,
     )
+    memory = needed(config)
+    recomputed = None
+    if not (config.runtime.recompute or config.runtime.cuda_graphs):
+        runtime = replace(config.runtime, recompute=True)
+        recomputed = sum(needed(replace(config, runtime=runtime)).values())
     tokens = float(lengths.sum())
     peak = device.bf16 if bf16 else device.fp32
     products_s, traffic_s, launch_s = compute_seconds(
@@ -417,6 +423,7 @@ def plan(
         cost=None if total_s is None or price is None else total_s / 3600 * gpus * price,
         limit=_bottleneck(
             memory,
+            recomputed,
             device,
             packs[0].tokens,
             products_s,
@@ -544,6 +551,7 @@ def _check(
 
 def _bottleneck(
     memory: Mapping[str, float],
+    recomputed: float | None,
     device: Device,
     tokens: int,
     products_s: float,
@@ -553,7 +561,8 @@ def _bottleneck(
 ) -> str:
     """Return what limits the speed or makes the run impossible, and what to change.
 
-    `tokens` are those of the largest micro-batch.
+    `recomputed` are the bytes with `runtime.recompute`, where that can be set. `tokens` are those
+    of the largest micro-batch.
     """
     over = sum(memory.values()) - device.memory
     if over > 0:
@@ -563,6 +572,11 @@ def _bottleneck(
             growing = memory["activations"] + memory["temporaries"]
             most = int(tokens * max(growing - over, 0) / growing)
             advice = f"lower batch.micro_batch_tokens to {most:,} or below"
+        if recomputed is not None and recomputed <= device.memory:
+            advice += (
+                f"; or set runtime.recompute = true, which needs {recomputed / 1e9:,.1f} GB and "
+                "makes a step about a third longer"
+            )
         size = f"{sum(memory.values()) / 1e9:,.1f} GB do not fit in {device.memory / 1e9:,.0f} GB"
         return f"memory: {size}; the largest part is {part}: {advice}"
     busy_s = products_s + traffic_s
