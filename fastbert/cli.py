@@ -510,6 +510,7 @@ def evaluate(
             "  of frequency ",
             {f"{name} in a million": found for name, found in result.by_frequency.items()},
         ),
+        ("source ", {name: found.masked for name, found in result.sources.items()}),
     ]
     cells = [
         (
@@ -541,6 +542,7 @@ def evaluate(
     title = (
         f"{opened.path}{at}: {result.sequences:,} held-out sequences of {result.tokens:,} tokens: "
         f"loss {result.loss:.3f}, perplexity {result.masked.perplexity:,.1f}"
+        + (" (mean over the sources by their shares)" if result.sources else "")
     )
     columns = (
         "",
