@@ -273,49 +273,44 @@ class _Run:
 
     def _encode(self, numbers: Sequence[int]) -> None:
         """Encode pieces; bytes of the others count as done."""
-        job = self.job
-        sizes = {number: job.plan.piece_size(number) for number in numbers}
-        bad, done = 0, job.plan.size - sum(sizes.values())
+        job, bad = self.job, 0
+        done = job.plan.size - sum(map(job.plan.piece_size, numbers))
         with self._bar.count("documents, sentences, tokens", done) as advance:
             if not numbers:
                 return
-            if self._processes(len(numbers)) == 1:
-                encode = PieceEncoder(job, advance)
-                results = ((number, encode(number)) for number in numbers)
-            else:
-                results = self._numbered(numbers, advance, sizes)
-            for _, found in results:
-                bad += found
-                if job.bad_allowed is not None and bad > job.bad_allowed:
-                    raise InputError(
-                        f"more than {job.bad_allowed:,} bad records, which --bad-records allows; "
-                        "run again with --bad-records skip to list them in the report"
-                    )
-
-    def _numbered(
-        self, numbers: Sequence[int], advance: Callable[[int], None], sizes: dict[int, int]
-    ) -> Iterator[tuple[int, int]]:
-        with closing(self._map(PieceEncoder, (self.job,), numbers)) as results:
-            for number, found in zip(numbers, results, strict=True):
-                advance(sizes[number])
-                yield number, found
+            # Tasks on a cluster do not say how far they are.
+            reports = None if self._options.engine == RAY else advance
+            with closing(self._map(PieceEncoder, (job,), numbers, reports)) as results:
+                for number, found in zip(numbers, results, strict=True):
+                    if reports is None:
+                        advance(job.plan.piece_size(number))
+                    bad += found
+                    if job.bad_allowed is not None and bad > job.bad_allowed:
+                        raise InputError(
+                            f"more than {job.bad_allowed:,} bad records, which --bad-records "
+                            "allows; run again with --bad-records skip to list them in the report"
+                        )
 
     def _map(
         self,
         make: Callable[..., Callable[[int], int]],
         arguments: tuple[Any, ...],
         numbers: Sequence[int],
+        advance: Callable[[int], None] | None = None,
     ) -> Any:
-        """Yield the results of tasks in order, by workers or by the engine that was asked for."""
+        """Yield the results of tasks in order, by workers or by the engine that was asked for.
+
+        Args:
+            make, arguments, numbers: the tasks.
+            advance: as `map_in_order` takes it.
+        """
         if self._options.engine == RAY:
             from fastbert.data.engine_ray import map_on_ray
 
             return map_on_ray(make, arguments, numbers, self._options.ray_address)
-        return map_in_order(make, arguments, numbers, self._processes(len(numbers)))
+        return map_in_order(make, arguments, numbers, self._processes(len(numbers)), advance)
 
     def _processes(self, tasks: int) -> int:
-        if self._options.engine == RAY:
-            return 2  # any number but one: nothing runs in this process
         workers = self._options.workers
         most = usable_cores() * (MOST_PER_CORE if workers else 1)
         return max(min(workers or 1 + self.job.plan.size // BYTES_PER_WORKER, most, tasks), 1)
