@@ -349,7 +349,8 @@ def prepare(
             )
         _print(prepare_share(sources, at, task, **options))
         return
-    with uploading(at) if isinstance(at, Url) else contextlib.nullcontext(at) as made:
+    upload = uploading(at, sources, options) if isinstance(at, Url) else None
+    with upload or contextlib.nullcontext(at) as made:
         report = prepare(sources, made, **options)
     if as_json:
         print(report.json(), end="")
