@@ -15,7 +15,6 @@ from fastbert.data.block_table import Blocks, per_window, read_table, shard_name
 from fastbert.data.format_3 import TABLE, part_name
 from fastbert.data.manifest import MANIFEST, SPLITS
 from fastbert.data.remote_blocks import BEHIND, FETCHED, RemoteBlocks, make_empty
-from fastbert.data.results import key_of
 from fastbert.durable import exit_at_signals, sha256_of, unsealed
 from fastbert.errors import InputError
 from fastbert.storage import Url
@@ -135,7 +134,7 @@ def uploading(url: Url, *request: Any) -> Iterator[Path]:
         InputError: there is something else at `url` already, or the store refuses it. What was
             uploaded is removed then.
     """
-    begun = key_of(str(request)).encode()
+    begun = hashlib.sha256(repr(request).encode()).hexdigest().encode()
     _check_new(url, begun)
     with workspace("prepare") as folder:
         made = folder / url.name
