@@ -308,12 +308,8 @@ class _Run:
             from fastbert.data.engine_ray import map_on_ray
 
             return map_on_ray(make, arguments, numbers, self._options.ray_address)
-        return map_in_order(make, arguments, numbers, self._processes(len(numbers)), advance)
-
-    def _processes(self, tasks: int) -> int:
-        workers = self._options.workers
-        most = usable_cores() * (MOST_PER_CORE if workers else 1)
-        return max(min(workers or 1 + self.job.plan.size // BYTES_PER_WORKER, most, tasks), 1)
+        workers = processes(self._options, self.job.plan.size, len(numbers))
+        return map_in_order(make, arguments, numbers, workers, advance)
 
     def _settle(self) -> Settled:
         settled = read_settled(self.job)
@@ -327,11 +323,18 @@ class _Run:
             return seal(self.job, settled, self._recorded, self.request)
 
 
-@contextmanager
-def _started(sources: Sequence[str | Path], out: Path, options: Options) -> Iterator[_Run | Report]:
-    """Check everything that can be checked at once, and yield the run.
+def processes(options: Options, size: int, tasks: int) -> int:
+    """Return how many processes run so many tasks for a text of `size` bytes."""
+    workers = options.workers
+    most = usable_cores() * (MOST_PER_CORE if workers else 1)
+    return max(min(workers or 1 + size // BYTES_PER_WORKER, most, tasks), 1)
 
-    It is the report where the call was killed after its dataset had got its name.
+
+def job_of(sources: Sequence[str | Path], out: Path, options: Options) -> Job:
+    """Check everything that can be checked at once, and return what is to be made.
+
+    Raises:
+        InputError: something is wrong with the sources, the tokenizer or the options.
     """
     _check(out, options)
     # A source may be the folder that the dataset is made in.
@@ -342,26 +345,34 @@ def _started(sources: Sequence[str | Path], out: Path, options: Options) -> Iter
         if not isinstance(at := file.source.path, Path) or ours not in at.absolute().parents
     ]
     without = _laid_out(options.without, None, "--without ") if options.without else []
-    base, vocabulary = _base(out, options), _vocabulary(out, options)
     bad_allowed = {"error": 0, "skip": None}.get(str(options.bad_records), options.bad_records)
-    job = Job(
+    return Job(
         out=out,
         plan=Plan(tuple(files), corpus_plan.PIECE_BYTES),
         text_field=options.text_field,
-        tokenizer_or_vocabulary=vocabulary,
+        tokenizer_or_vocabulary=_vocabulary(out, options),
         heldout=options.heldout,
         drop_copies=options.drop_copies,
         without=tuple(without),
         bad_allowed=None if bad_allowed is None else int(bad_allowed),
-        base=base,
+        base=_base(out, options),
     )
+
+
+@contextmanager
+def _started(sources: Sequence[str | Path], out: Path, options: Options) -> Iterator[_Run | Report]:
+    """Yield the run, when everything is checked that can be checked at once.
+
+    It is the report where the call was killed after its dataset had got its name.
+    """
+    job = job_of(sources, out, options)
     run = _Run(job, sources, options, _recorded(options))
     made_before = published(out, job.work, run.request)
     if made_before is not None:
         remove_work(job.work)
         yield made_before
         return
-    if base is None and (os.path.islink(out) or status(out) is not None):
+    if job.base is None and (os.path.islink(out) or status(out) is not None):
         with contextlib.suppress(OSError):  # if it is empty, of a call that was just finished
             job.work.rmdir()
         raise InputError(f"{out}: exists already; remove it or choose another --out")
