@@ -123,7 +123,7 @@ def prepare(sources: str | Path | Iterable[str | Path], out: str | Path, **optio
         # "~" is expanded by a shell, and here there is none.
         paths = [os.path.expanduser(path) for path in paths]
         if is_url(out):
-            with uploading(Url(str(out))) as made:
+            with uploading(Url(str(out)), paths, options) as made:
                 return prepare(paths, made, **options)
         return prepare(paths, os.path.expanduser(out), **options)
 

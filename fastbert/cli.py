@@ -18,6 +18,7 @@ import os
 import re
 import shlex
 import sys
+import tempfile
 import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -317,6 +318,13 @@ def prepare(
             "without it finishes.",
         ),
     ] = None,
+    estimate: Annotated[
+        bool,
+        typer.Option(
+            "--estimate",
+            help="Make nothing: measure a sample of the text, and print how long it would take.",
+        ),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Make a dataset from text: tokenizer, token ids, a held-out part and a report on the data."""
@@ -341,6 +349,15 @@ def prepare(
         "ray_address": ray_address,
     }
     at = place(out)
+    if estimate:
+        from fastbert.planning import preparing
+
+        with tempfile.TemporaryDirectory() as folder:
+            local = Path(folder) / at.name if isinstance(at, Url) else at
+            found = preparing.estimate(sources, local, **options)
+        if as_json:
+            return _print_json(dataclasses.asdict(found))
+        return _print_table("an estimate", ("", ""), preparing.describe(found))
     if task is not None:
         if isinstance(at, Url):
             raise InputError(
@@ -349,7 +366,8 @@ def prepare(
             )
         _print(prepare_share(sources, at, task, **options))
         return
-    with uploading(at) if isinstance(at, Url) else contextlib.nullcontext(at) as made:
+    upload = uploading(at, sources, options) if isinstance(at, Url) else None
+    with upload or contextlib.nullcontext(at) as made:
         report = prepare(sources, made, **options)
     if as_json:
         print(report.json(), end="")
@@ -510,6 +528,7 @@ def evaluate(
             "  of frequency ",
             {f"{name} in a million": found for name, found in result.by_frequency.items()},
         ),
+        ("source ", {name: found.masked for name, found in result.sources.items()}),
     ]
     cells = [
         (
@@ -541,6 +560,7 @@ def evaluate(
     title = (
         f"{opened.path}{at}: {result.sequences:,} held-out sequences of {result.tokens:,} tokens: "
         f"loss {result.loss:.3f}, perplexity {result.masked.perplexity:,.1f}"
+        + (" (mean over the sources by their shares)" if result.sources else "")
     )
     columns = (
         "",

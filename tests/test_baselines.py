@@ -105,8 +105,8 @@ def test_distributions_sum_to_one(small_dataset: TokenDataset) -> None:
     This is checked for some pairs of neighbours that occur in the data and some that do not.
     """
     size = small_dataset.vocab_size
-    tokens = baselines._sample(small_dataset.split("train"), 20_000, size)
-    models = baselines._Models(tokens, size)
+    sample = baselines._sample(small_dataset.split("train"), 20_000, size)
+    models, tokens = baselines._Models(sample, size), sample.tolist()
     for left, right in [
         (tokens[1], tokens[3]),
         (size, tokens[1]),

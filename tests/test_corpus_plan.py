@@ -83,3 +83,12 @@ def test_the_sample_for_the_vocabulary(sizes: list[int], cut: bool) -> None:
     assert total == plan.size or total > 32 * MIB
     places = np.array([plan.first_segment[part.file] + part.segment for part, _ in sample])
     assert len(set(np.diff(places))) <= 1
+
+
+def test_a_stretch_is_a_segment_or_a_block_of_a_file_that_is_not_cut() -> None:
+    """In bytes of token ids, which are half of those of the text here."""
+    assert plan_of([64 * MIB] * 2).stretch(64 * MIB, longest=16 * MIB) == MIB / 2
+    assert plan_of([64 * MIB] * 2, cut=False).stretch(64 * MIB, longest=16 * MIB) == 16 * MIB
+    assert plan_of([8 * MIB] * 2, cut=False).stretch(8 * MIB, longest=16 * MIB) == 4 * MIB
+    # Three quarters of the text lie in stretches of 12 MiB, and a quarter in stretches of 4 MiB.
+    assert plan_of([24 * MIB, 8 * MIB], cut=False).stretch(16 * MIB, 16 * MIB) == 10 * MIB

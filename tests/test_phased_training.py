@@ -11,7 +11,6 @@ import pytest
 from fastbert.config import RunConfig
 from fastbert.data.batches import Batches
 from fastbert.data.dataset import TokenDataset
-from fastbert.errors import InputError
 from fastbert.recipe import load_config
 from fastbert.tasks.evaluate import evaluate
 from fastbert.tasks.export import model_card
@@ -46,12 +45,23 @@ def test_losses_are_reported_by_source_and_together(recipe, two_sources):
     for name, dataset in zip("ab", two_sources, strict=True):
         found = evaluate(model, dataset.path).flat()
         assert found["loss"] == pytest.approx(evaluations[-1]["sources"][name]["loss"], rel=1e-5)
-    with pytest.raises(InputError, match="trained on a mixture; choose the source"):
-        evaluate(model)
+    # Evaluated without --data: every source with its name, and together.
+    found = evaluate(model)
+    flat = found.flat()
+    for key in ("loss", "loss_mlm", "loss_nsp", "accuracy_mlm", "loss_mask_token"):
+        assert flat[key] == pytest.approx(evaluations[-1][key], rel=1e-5)
+    assert list(flat["sources"]) == ["a", "b"] and flat["sequences"] == 2 * 16
+    assert flat["sources"]["b"] == evaluate(model, two_sources[1].path).flat()
+    losses = [one.by_corruption["[MASK]"].left_bigram for one in found.sources.values()]
+    assert found.by_corruption["[MASK]"].left_bigram == pytest.approx(
+        np.average(losses, weights=shares)
+    )
+    unigram = [dataset.baselines["unigram"] for dataset in two_sources]
+    assert flat["baselines"]["unigram"] == pytest.approx(np.average(unigram, weights=shares))
     log = (run / "log.txt").read_text()
     assert "MLM loss by source: a " in log
     page = report(run).read_text()
-    assert "the first source of the mixture" in page and ">b</" in page
+    assert "mean over the sources of the mixture" in page and ">source b</" in page
     card = model_card(model, "BertForPreTraining", "mixed")
     assert all(dataset.sha256 in card for dataset in two_sources)
 

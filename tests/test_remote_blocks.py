@@ -6,6 +6,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
 from fastbert import storage
 from fastbert.config import ObjectiveConfig
@@ -15,6 +16,7 @@ from fastbert.data.dataset import TokenDataset, open_dataset
 from fastbert.data.remote_dataset import dataset_copy, with_remote_blocks
 from fastbert.data.window_order import Windows
 from fastbert.errors import InputError
+from fastbert.planning.reading import reading
 from fastbert.storage import Url
 from tests.block_dataset import in_blocks
 
@@ -82,6 +84,27 @@ def test_blocks_are_fetched_once_and_read_as_from_a_disk(local, url, fetched):
     assert len(fetched) == blocks and set(fetched.values()) == {1}
     assert read(stream_of(opened(url)), 5, 1)[0] == read(theirs, 5, 1)[0]
     assert set(fetched.values()) == {1}, "another process of the machine finds them there"
+
+
+def test_a_plan_knows_the_number_of_requests(local, url, monkeypatch):
+    asked, cat_file = list[str](), MemoryFileSystem.cat_file
+
+    def counted(self: MemoryFileSystem, path: str, *args: object, **more: object) -> bytes:
+        asked.append(path)
+        return cat_file(self, path, *args, **more)
+
+    monkeypatch.setattr(MemoryFileSystem, "cat_file", counted)
+    expected = reading(local, WINDOW)
+    stream = stream_of(opened(url))
+    stream.blocks_of(0).fetch()
+    assert len(asked) == expected.gets
+    for i in range(1, stream.windows):
+        stream.blocks_of(i).fetch()
+    assert sum("train-" in path for path in asked) == expected.gets_per_epoch
+    asked.clear()
+    for _ in dataset_copy(url, 1 << 50):  # a dataset of one window is copied whole
+        pass
+    assert len(asked) == reading(local, 1 << 50).gets
 
 
 def test_what_does_not_fit_the_limit_is_freed_behind(local, url, fetched, monkeypatch):

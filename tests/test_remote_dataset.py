@@ -134,8 +134,31 @@ def test_what_is_uploaded_of_a_dataset_that_fails_is_removed(proxy, tmp_path, mo
         (made / "manifest.json").write_bytes(sealed({"files": {}}))
         (made / "tokens").write_bytes(b"123")
     uploaded = [path for method, path in proxy.requests if method == "PUT"]
-    assert "tokens" in uploaded[0], "the manifest goes last"
+    assert ".upload" in uploaded[0] and "tokens" in uploaded[1], "the manifest goes last"
     assert storage.objects(at) == []
+
+
+def test_a_killed_upload_is_completed_by_the_same_request(proxy, tmp_path, monkeypatch, capsys):
+    at, request = Url(f"s3://{BUCKET}/{tmp_path.name}/d"), (["a.txt"], {"heldout": 0.1})
+
+    def upload(*request: object) -> None:
+        with remote_dataset.uploading(at, *request) as made:
+            made.mkdir()
+            (made / "manifest.json").write_bytes(sealed({"files": {}}))
+            (made / "tokens").write_bytes(b"123")
+
+    with monkeypatch.context() as patch, pytest.raises(InputError):
+        patch.setattr(storage, "ATTEMPTS", 2)
+        patch.setattr(storage, "remove", lambda _: None)  # a process that is killed removes nothing
+        proxy.fault = Faults("503", 2, "PUT .*manifest")
+        upload(*request)
+    assert storage.names(at) == [".upload", "tokens"]
+    words = "holds .upload, tokens, and no dataset; if this is an upload that was killed"
+    with pytest.raises(InputError, match=words):
+        upload(["b.txt"], {"heldout": 0.1})
+    upload(*request)
+    assert "whose upload was killed; it will be completed" in capsys.readouterr().err
+    assert storage.names(at) == ["manifest.json", "tokens"]
 
 
 def test_a_manifest_cannot_write_outside_its_copy(proxy, tmp_path):

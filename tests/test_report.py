@@ -76,7 +76,12 @@ def chunk(
     return Chunk(train, part(heldout or []), text, hashes, list(bad))
 
 
-def report_of(*chunks: Chunk, vocab_size: int = 1000, asked: int | None = 1000) -> Report:
+def report_of(
+    *chunks: Chunk,
+    vocab_size: int = 1000,
+    asked: int | None = 1000,
+    stretches: int | None = None,
+) -> Report:
     """Merge the counts of the chunks, as if a task had counted each."""
     stats, text, estimator = CorpusStats(unknown=1), TextStats(), DuplicateEstimator()
     for one in chunks:
@@ -88,8 +93,27 @@ def report_of(*chunks: Chunk, vocab_size: int = 1000, asked: int | None = 1000) 
         estimator.add(one.hashes)
     duplicates = estimator.duplicates(), estimator.sampled
     bad = [record for one in chunks for record in one.bad]
-    about = About(vocab_size, asked, BASELINES, duplicates=duplicates, bad_records=bad)
+    about = About(
+        vocab_size,
+        asked,
+        BASELINES,
+        duplicates=duplicates,
+        bad_records=bad,
+        stretches=stretches,
+    )
     return make_report(stats, text, about)
+
+
+def test_windows_of_few_stretches_are_a_warning() -> None:
+    name = "stretches of text that a window mixes"
+    for stretches, value, warns in ((511, "511", True), (512, "512", False)):
+        report = report_of(chunk([[10]]), stretches=stretches)
+        (row,) = [row for row in report.rows if row.name == name]
+        assert row.value == value and ("unpack them" in row.advice) == warns
+        assert report.figures["stretches_per_window"] == stretches
+    alone = report_of(chunk([[10]]))
+    assert name not in [row.name for row in alone.rows]
+    assert "stretches_per_window" not in alone.figures
 
 
 def test_figures() -> None:

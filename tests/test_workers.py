@@ -9,7 +9,7 @@ import operator
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +19,7 @@ import pytest
 from fastbert.data.documents import Chunk, parse
 from fastbert.data.sources import Source
 from fastbert.data.vocabulary import VocabularyTrainer
-from fastbert.data.workers import apply_in_child, map_in_order
+from fastbert.data.workers import REPORT_EVERY_S, apply_in_child, map_in_order
 from fastbert.errors import InputError
 
 
@@ -60,6 +60,33 @@ def test_errors_come_in_order_and_end_the_workers() -> None:
     assert not any(
         "data.workers" in " ".join(child.cmdline()) for child in children if child.is_running()
     )
+
+
+def reporter(seen: Path, report: Callable[[int], None]):
+    """Report, and go on when that has arrived."""
+
+    def work(item: int) -> int:
+        report(item)
+        time.sleep(REPORT_EVERY_S)
+        report(10)
+        while not seen.exists():
+            time.sleep(0.01)
+        report(5)
+        return item
+
+    return work
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_reports_arrive_while_an_item_is_worked_on(tmp_path: Path, workers: int) -> None:
+    seen, amounts = tmp_path / "seen", list[int]()
+
+    def advance(amount: int) -> None:
+        amounts.append(amount)
+        seen.touch()
+
+    assert list(map_in_order(reporter, (seen,), [1], workers, advance)) == [1]
+    assert sum(amounts) == 16 and amounts[-1] == 5
 
 
 def test_little_is_on_its_way() -> None:

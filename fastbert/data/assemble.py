@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import hashlib
 import mmap
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -27,6 +30,8 @@ from fastbert.data.report import CorpusStats
 from fastbert.data.results import disk_errors, publish, read_arrays, write_arrays
 from fastbert.data.settle import Settled
 from fastbert.data.tokenizer import is_bert, special_ids
+
+Result = TypeVar("Result")
 
 TRAIN, HELDOUT = 0, 1  # as in dataset.SPLITS
 
@@ -82,23 +87,20 @@ class Assembler:
         stats = CorpusStats(self._unknown, settled.bits)
         heldout, hashes = list[Documents](), [np.zeros(0, np.uint64)]
         path = job.part / f"train-{number:05d}"
+        counting = None
         with disk_errors(job.out):
             path.parent.mkdir(parents=True, exist_ok=True)
-            with publish(path, job.work) as new:
+            # Threads read the next piece and count the last one while this one is written.
+            with publish(path, job.work) as new, ThreadPoolExecutor(2) as pool:
                 writer = BlockWriter(new, TRAIN, number, self._dtype)
-                for piece in range(begin, end):
-                    for documents, dropped, of_text in self._documents(piece):
-                        held = of_text < settled.heldout_below
-                        if self._held_before is not None:
-                            held |= np.isin(of_text, self._held_before)
-                        train = documents.chosen(~held & ~dropped)
-                        writer.add(train)
-                        stats.add(train)
-                        held &= ~dropped
-                        if held.any():
-                            heldout.append(documents.chosen(held))
-                            hashes.append(of_text[held])
-                            stats.add(heldout[-1], heldout=True)
+                for train, held, of_held in _one_ahead(pool, self._split, range(begin, end)):
+                    if counting is not None:
+                        counting.result()
+                    counting = pool.submit(_count, stats, train, held)
+                    for documents in train:
+                        writer.add(documents)
+                    heldout += held
+                    hashes += of_held
                 table = writer.close()
                 size = new.stat().st_size
             facts, arrays = stats.to_arrays()
@@ -117,6 +119,20 @@ class Assembler:
             for path in sorted(self._job.out.glob(f"part-*/{HELDOUT_HASHES}"))
         ]
         return np.concatenate([np.zeros(0, np.uint64), *files])
+
+    def _split(self, number: int) -> tuple[list[Documents], list[Documents], list[np.ndarray]]:
+        """Return the training text of a piece, its held-out text, and the hashes of the latter."""
+        train, heldout, hashes = list[Documents](), list[Documents](), list[np.ndarray]()
+        for documents, dropped, of_text in self._documents(number):
+            held = of_text < self._settled.heldout_below
+            if self._held_before is not None:
+                held |= np.isin(of_text, self._held_before)
+            train.append(documents.chosen(~held & ~dropped))
+            held &= ~dropped
+            if held.any():
+                heldout.append(documents.chosen(held))
+                hashes.append(of_text[held])
+        return train, heldout, hashes
 
     def _documents(self, number: int) -> Any:
         """Yield the documents of a piece, which are left out, and their hashes."""
@@ -149,6 +165,26 @@ class Assembler:
         if not (self._job.drop_copies or self._job.without):
             return None
         return np.load(self._job.dropped_path, mmap_mode="r", allow_pickle=False)
+
+
+def _one_ahead(
+    pool: ThreadPoolExecutor, function: Callable[[int], Result], numbers: Iterable[int]
+) -> Iterator[Result]:
+    """Yield the results of a function in order, while a thread computes the next one."""
+    waiting = deque[Future[Result]]()
+    for number in numbers:
+        waiting.append(pool.submit(function, number))
+        if len(waiting) == 2:
+            yield waiting.popleft().result()
+    for last in waiting:
+        yield last.result()
+
+
+def _count(stats: CorpusStats, train: list[Documents], heldout: list[Documents]) -> None:
+    for documents in train:
+        stats.add(documents)
+    for documents in heldout:
+        stats.add(documents, heldout=True)
 
 
 def is_assembled(job: Job, number: int, verify: bool) -> bool:

@@ -20,7 +20,6 @@ section 3.
 
 from __future__ import annotations
 
-import itertools
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -33,6 +32,8 @@ HIDDEN = 0.15 * 0.8  # mask_rate * mask_token of the default objective
 TRAIN_TOKENS = 1 << 23  # counted at most; this takes 0.5 GB of memory
 TUNE_TOKENS = 1 << 15
 HELDOUT_TOKENS = 1 << 17
+_GATHERED = 1 << 11  # documents at once
+_ROWS = 32  # contexts whose words are looked up at once
 _STEPS = 30  # of expectation maximisation; the weights no longer change after ten
 
 
@@ -98,16 +99,22 @@ def _unigram(words: np.ndarray, vocab_size: int) -> np.ndarray:
 
 
 def _sample(split: Split, most: int, boundary: int) -> np.ndarray:
-    """Return about `most` tokens of documents that are spread evenly over the split, int64 [N].
+    """Return about `most` tokens of documents that are spread evenly over the split, [N].
 
-    `boundary` stands before, between and after the documents.
+    `boundary`, the largest number, stands before, between and after the documents. The type is as
+    small as possible: most of the time goes into memory that is touched for the first time.
     """
     documents = np.arange(0, split.documents, -(-split.tokens // most))
     starts, ends = (split.first_token(split.first_sentence(documents + i)) for i in (0, 1))
     lengths = ends - starts
     kept = np.cumsum(lengths) - lengths < most
     starts, lengths = starts[kept], np.minimum(lengths[kept], most)
-    return np.insert(split.gather(starts, lengths), np.append(0, np.cumsum(lengths)), boundary)
+    parts = [np.full(1, boundary, np.min_scalar_type(boundary))]
+    for i in range(0, len(starts), _GATHERED):
+        some = lengths[i : i + _GATHERED]
+        tokens = split.gather(starts[i : i + _GATHERED], some).astype(parts[0].dtype)
+        parts.append(np.insert(tokens, np.cumsum(some), boundary))
+    return np.concatenate(parts)
 
 
 def _neighbours(tokens: np.ndarray, boundary: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -115,8 +122,9 @@ def _neighbours(tokens: np.ndarray, boundary: int) -> tuple[np.ndarray, np.ndarr
 
     Boundaries are not tokens.
     """
-    at = np.flatnonzero(tokens != boundary)
-    return tokens[at - 1], tokens[at], tokens[(at + 1) % len(tokens)]
+    around = np.concatenate([tokens[-1:], tokens, tokens[:1]])
+    kept = tokens != boundary
+    return around[:-2][kept], tokens[kept], around[2:][kept]
 
 
 @dataclass(frozen=True)
@@ -162,7 +170,7 @@ class _Models:
         self.size = vocab_size + 1  # the boundary is a neighbour too
         left, word, right = _neighbours(tokens, vocab_size)
         self.unigram = _unigram(word, vocab_size)
-        contexts = left, right, left * self.size + right
+        contexts = left, right, _joined(left, right, self.size, self.size)
         # Sorting takes most of the time, and numpy sorts without Python's lock.
         with ThreadPoolExecutor(min(len(contexts), usable_cores())) as pool:
             self.after, self.before, self.between = pool.map(
@@ -170,7 +178,7 @@ class _Models:
             )
 
     def predict(self, tokens: np.ndarray, seed: int) -> _Predictions:
-        left, word, right = _neighbours(tokens, self.size - 1)
+        left, word, right = _neighbours(tokens.astype(np.int64), self.size - 1)
         hidden = np.random.Generator(np.random.Philox(seed)).random((2, len(word))) < HIDDEN
         hidden &= np.stack([left, right]) != self.size - 1  # a boundary stands for [CLS] or [SEP]
         pair = ~hidden.any(0)
@@ -199,27 +207,58 @@ class _Models:
         )
 
     def _overlap(self, left: np.ndarray, right: np.ndarray) -> np.ndarray:
-        """Return the sum over v of part_l(v) part_r(v) / u(v) for each pair of neighbours.
-
-        Pairs are grouped by r, whose parts are written into one dense row over the vocabulary.
-        """
-        if len(left) == 0:
-            return np.zeros(0)
+        """Return the sum over v of part_l(v) part_r(v) / u(v) for each pair of neighbours."""
         pairs, inverse = np.unique(right * self.size + left, return_inverse=True)
         rights, lefts = np.divmod(pairs, self.size)
-        sums = np.zeros(len(pairs))
-        row = np.zeros(self.size)
-        edges = _edges(rights).tolist()
-        for begin, end in itertools.pairwise(edges):
-            words, parts = self.before.row(int(rights[begin]))
-            row[words] = parts / self.unigram[words]
-            at, lengths = self.after.rows(lefts[begin:end])
-            owner = np.repeat(np.arange(end - begin), lengths)
-            sums[begin:end] = np.bincount(
-                owner, row[self.after.words[at]] * self.after.parts[at], minlength=end - begin
-            )
-            row[words] = 0
+        sums = np.empty(len(pairs))
+        # The words of the neighbour that was seen with fewer are looked up among the other's.
+        fewer = self.after.seen(lefts) < self.before.seen(rights)
+        for models, neighbours, chosen in (
+            ((self.after, self.before), (lefts, rights), fewer),
+            ((self.before, self.after), (rights, lefts), ~fewer),
+        ):
+            contexts = (each[chosen] for each in neighbours)
+            sums[chosen] = _products(*models, *contexts, 1 / self.unigram)
         return sums[inverse]
+
+
+def _products(
+    listed: _Conditional,
+    dense: _Conditional,
+    few: np.ndarray,
+    many: np.ndarray,
+    weights: np.ndarray,
+) -> np.ndarray:
+    """Return the sum over v of listed(v | few) dense(v | many) weights(v) for pairs of contexts.
+
+    Args:
+        listed, dense: the models, of which the discounted parts count.
+        few, many: int64 [N], contexts of these.
+        weights: float64 [V].
+
+    Returns:
+        float64 [N].
+    """
+    if not len(many):
+        return np.zeros(0)
+    order = np.argsort(many, kind="stable")
+    edges = _edges(many[order])
+    sums = np.empty(len(many))
+    # The parts of some contexts of `dense`, as rows over the vocabulary.
+    rows = np.zeros((_ROWS, len(weights)))
+    for first in range(0, len(edges) - 1, _ROWS):
+        bounds = edges[first : first + _ROWS + 1]
+        pairs = order[bounds[0] : bounds[-1]]
+        at, counts = dense.rows(many[order[bounds[:-1]]])
+        filled = np.repeat(np.arange(len(counts)), counts), dense.words[at]
+        rows[filled] = dense.parts[at] * weights[filled[1]]
+        at, counts = listed.rows(few[pairs])
+        row = np.repeat(np.repeat(np.arange(len(bounds) - 1), np.diff(bounds)), counts)
+        products = rows[row, listed.words[at]] * listed.parts[at]
+        owner = np.repeat(np.arange(len(pairs)), counts)
+        sums[pairs] = np.bincount(owner, products, minlength=len(pairs))
+        rows[filled] = 0
+    return sums
 
 
 class _Conditional:
@@ -227,10 +266,8 @@ class _Conditional:
 
     def __init__(self, contexts: np.ndarray, words: np.ndarray, size: int):
         self._size = size
-        keys = contexts * size
-        keys += words
         # Sorting 32-bit keys takes half the time of 64-bit keys.
-        keys = keys.astype(np.min_scalar_type(keys.max(initial=0)), copy=False)
+        keys = _joined(contexts, words, int(contexts.max(initial=0)) + 1, size)
         keys.sort()
         pairs = _edges(keys)
         self._keys, counts = keys[pairs[:-1]].astype(np.int64), np.diff(pairs)
@@ -251,25 +288,32 @@ class _Conditional:
         parts = np.where(self._keys[at] == keys, self.parts[at], 0.0)
         return parts, self._rests[self._index(contexts)]
 
-    def row(self, context: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return the words seen in a context, and their parts."""
-        at, _ = self.rows(np.array([context]))
-        return self.words[at], self.parts[at]
+    def seen(self, contexts: np.ndarray) -> np.ndarray:
+        """Return how many words were seen in each context, int64 [N]."""
+        index = self._index(contexts)
+        return self._first[np.minimum(index + 1, len(self._contexts))] - self._first[index]
 
     def rows(self, contexts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return the indices into `words` and `parts` for the contexts, and their number for each.
 
         The indices of the contexts follow one another in the order of `contexts`.
         """
-        index = self._index(contexts)
-        first = self._first[index]  # the number of pairs for a context that was never seen
-        lengths = self._first[np.minimum(index + 1, len(self._contexts))] - first
+        first = self._first[self._index(contexts)]
+        lengths = self.seen(contexts)
         ends = np.cumsum(lengths)
         return np.arange(ends[-1]) + np.repeat(first - (ends - lengths), lengths), lengths
 
     def _index(self, contexts: np.ndarray) -> np.ndarray:
         at = np.minimum(np.searchsorted(self._contexts, contexts), len(self._contexts) - 1)
         return np.where(self._contexts[at] == contexts, at, len(self._contexts))
+
+
+def _joined(first: np.ndarray, second: np.ndarray, firsts: int, seconds: int) -> np.ndarray:
+    """Return `first * seconds + second` in the smallest type; all are below `firsts`, `seconds`."""
+    keys = first.astype(np.min_scalar_type(firsts * seconds))
+    keys *= seconds
+    keys += second
+    return keys
 
 
 def _discounts(counts: np.ndarray) -> np.ndarray:

@@ -90,8 +90,8 @@ def encode(
     documents: np.ndarray,
     begins_word: np.ndarray | None,
     dtype: np.dtype,
-) -> tuple[bytes, np.ndarray]:
-    """Return a block and its entry of the table, with `split`, `shard` and `offset` still 0.
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return a block, uint8, and its entry of the table, whose split, shard and offset are 0.
 
     Args:
         tokens: [T], ids of all documents, one after another.
@@ -113,10 +113,10 @@ def encode(
         sections["words"] = np.packbits(begins_word)
     counts = len(documents), len(sentences), len(tokens)
     places = layout(*counts, dtype.itemsize, begins_word is not None)
-    data = bytearray(places.size)
+    data = np.zeros(places.size, np.uint8)
     for name, section in sections.items():
         start = getattr(places, name)
-        data[start : start + section.nbytes] = section.tobytes()
+        data[start : start + section.nbytes] = section.view(np.uint8)
     entry = np.zeros((), BLOCK)
     entry["documents"], entry["sentences"], entry["tokens"] = counts
     lengths = np.diff(first_token[first_sentence])
@@ -129,7 +129,7 @@ def encode(
         for pairs in (False, True)
     ]
     entry["sha256"] = np.frombuffer(hashlib.sha256(data).digest(), np.uint8)
-    return bytes(data), entry
+    return data, entry
 
 
 def problem(data: np.ndarray, entry: np.ndarray, width: int, words: bool, vocab: int) -> str | None:

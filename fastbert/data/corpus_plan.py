@@ -104,6 +104,18 @@ class Plan:
         segments, bounds = self._pieces
         return int(self._sizes[segments[bounds[number] : bounds[number + 1]]].sum())
 
+    def stretch(self, ids: int, longest: int) -> float:
+        """Return the mean bytes of token ids that follow one another as in the sources.
+
+        A stretch is a segment, or a block of a file that is not cut. The mean is over the bytes.
+
+        Args:
+            ids: bytes of the ids of the whole text.
+            longest: a stretch is at most so many bytes long.
+        """
+        sizes = self._sizes * (ids / max(self.size, 1))
+        return float((sizes * np.minimum(sizes, longest)).sum() / max(sizes.sum(), 1.0))
+
     def sample(self, most: int = VOCABULARY_BYTES) -> list[tuple[Part, int]]:
         """Return segments spread evenly over the text, and how many bytes to read of each.
 

@@ -19,7 +19,7 @@ from fastbert.data.unpack import BadRecord
 
 # tokens; a longer sentence is cut, so that two of them and three special tokens still fit into 512
 LONGEST_SENTENCE = 254
-_HASHED_SPANS = 1 << 16  # at a time: hashing takes 100 bytes a token
+_HASHED_SPANS = 1 << 11  # at a time: hashing takes 100 bytes a token, which then stay in the cache
 
 
 @dataclass(frozen=True)

@@ -273,52 +273,43 @@ class _Run:
 
     def _encode(self, numbers: Sequence[int]) -> None:
         """Encode pieces; bytes of the others count as done."""
-        job = self.job
-        sizes = {number: job.plan.piece_size(number) for number in numbers}
-        bad, done = 0, job.plan.size - sum(sizes.values())
+        job, bad = self.job, 0
+        done = job.plan.size - sum(map(job.plan.piece_size, numbers))
         with self._bar.count("documents, sentences, tokens", done) as advance:
             if not numbers:
                 return
-            if self._processes(len(numbers)) == 1:
-                encode = PieceEncoder(job, advance)
-                results = ((number, encode(number)) for number in numbers)
-            else:
-                results = self._numbered(numbers, advance, sizes)
-            for _, found in results:
-                bad += found
-                if job.bad_allowed is not None and bad > job.bad_allowed:
-                    raise InputError(
-                        f"more than {job.bad_allowed:,} bad records, which --bad-records allows; "
-                        "run again with --bad-records skip to list them in the report"
-                    )
-
-    def _numbered(
-        self, numbers: Sequence[int], advance: Callable[[int], None], sizes: dict[int, int]
-    ) -> Iterator[tuple[int, int]]:
-        with closing(self._map(PieceEncoder, (self.job,), numbers)) as results:
-            for number, found in zip(numbers, results, strict=True):
-                advance(sizes[number])
-                yield number, found
+            # Tasks on a cluster do not say how far they are.
+            reports = None if self._options.engine == RAY else advance
+            with closing(self._map(PieceEncoder, (job,), numbers, reports)) as results:
+                for number, found in zip(numbers, results, strict=True):
+                    if reports is None:
+                        advance(job.plan.piece_size(number))
+                    bad += found
+                    if job.bad_allowed is not None and bad > job.bad_allowed:
+                        raise InputError(
+                            f"more than {job.bad_allowed:,} bad records, which --bad-records "
+                            "allows; run again with --bad-records skip to list them in the report"
+                        )
 
     def _map(
         self,
         make: Callable[..., Callable[[int], int]],
         arguments: tuple[Any, ...],
         numbers: Sequence[int],
+        advance: Callable[[int], None] | None = None,
     ) -> Any:
-        """Yield the results of tasks in order, by workers or by the engine that was asked for."""
+        """Yield the results of tasks in order, by workers or by the engine that was asked for.
+
+        Args:
+            make, arguments, numbers: the tasks.
+            advance: as `map_in_order` takes it.
+        """
         if self._options.engine == RAY:
             from fastbert.data.engine_ray import map_on_ray
 
             return map_on_ray(make, arguments, numbers, self._options.ray_address)
-        return map_in_order(make, arguments, numbers, self._processes(len(numbers)))
-
-    def _processes(self, tasks: int) -> int:
-        if self._options.engine == RAY:
-            return 2  # any number but one: nothing runs in this process
-        workers = self._options.workers
-        most = usable_cores() * (MOST_PER_CORE if workers else 1)
-        return max(min(workers or 1 + self.job.plan.size // BYTES_PER_WORKER, most, tasks), 1)
+        workers = processes(self._options, self.job.plan.size, len(numbers))
+        return map_in_order(make, arguments, numbers, workers, advance)
 
     def _settle(self) -> Settled:
         settled = read_settled(self.job)
@@ -332,11 +323,18 @@ class _Run:
             return seal(self.job, settled, self._recorded, self.request)
 
 
-@contextmanager
-def _started(sources: Sequence[str | Path], out: Path, options: Options) -> Iterator[_Run | Report]:
-    """Check everything that can be checked at once, and yield the run.
+def processes(options: Options, size: int, tasks: int) -> int:
+    """Return how many processes run so many tasks for a text of `size` bytes."""
+    workers = options.workers
+    most = usable_cores() * (MOST_PER_CORE if workers else 1)
+    return max(min(workers or 1 + size // BYTES_PER_WORKER, most, tasks), 1)
 
-    It is the report where the call was killed after its dataset had got its name.
+
+def job_of(sources: Sequence[str | Path], out: Path, options: Options) -> Job:
+    """Check everything that can be checked at once, and return what is to be made.
+
+    Raises:
+        InputError: something is wrong with the sources, the tokenizer or the options.
     """
     _check(out, options)
     # A source may be the folder that the dataset is made in.
@@ -347,26 +345,34 @@ def _started(sources: Sequence[str | Path], out: Path, options: Options) -> Iter
         if not isinstance(at := file.source.path, Path) or ours not in at.absolute().parents
     ]
     without = _laid_out(options.without, None, "--without ") if options.without else []
-    base, vocabulary = _base(out, options), _vocabulary(out, options)
     bad_allowed = {"error": 0, "skip": None}.get(str(options.bad_records), options.bad_records)
-    job = Job(
+    return Job(
         out=out,
         plan=Plan(tuple(files), corpus_plan.PIECE_BYTES),
         text_field=options.text_field,
-        tokenizer_or_vocabulary=vocabulary,
+        tokenizer_or_vocabulary=_vocabulary(out, options),
         heldout=options.heldout,
         drop_copies=options.drop_copies,
         without=tuple(without),
         bad_allowed=None if bad_allowed is None else int(bad_allowed),
-        base=base,
+        base=_base(out, options),
     )
+
+
+@contextmanager
+def _started(sources: Sequence[str | Path], out: Path, options: Options) -> Iterator[_Run | Report]:
+    """Yield the run, when everything is checked that can be checked at once.
+
+    It is the report where the call was killed after its dataset had got its name.
+    """
+    job = job_of(sources, out, options)
     run = _Run(job, sources, options, _recorded(options))
     made_before = published(out, job.work, run.request)
     if made_before is not None:
         remove_work(job.work)
         yield made_before
         return
-    if base is None and (os.path.islink(out) or status(out) is not None):
+    if job.base is None and (os.path.islink(out) or status(out) is not None):
         with contextlib.suppress(OSError):  # if it is empty, of a call that was just finished
             job.work.rmdir()
         raise InputError(f"{out}: exists already; remove it or choose another --out")

@@ -20,6 +20,9 @@ from fastbert.errors import InputError
 from fastbert.storage import Url
 from fastbert.terminal import tell
 
+# An object beside those of a dataset while it is uploaded: a hash of what it is made from.
+UPLOAD = ".upload"
+
 
 def dataset_copy(url: Url, window: int | None = None) -> Copy:
     """A verified copy of a dataset on this machine, in the making; one per machine.
@@ -119,14 +122,20 @@ def files_of(manifest: dict[str, Any]) -> dict[str, tuple[int, str | None]]:
 
 
 @contextlib.contextmanager
-def uploading(url: Url) -> Iterator[Path]:
+def uploading(url: Url, *request: Any) -> Iterator[Path]:
     """Yield a path for a new dataset, which is uploaded at the end of the block, manifest last.
 
+    Args:
+        url: of the dataset.
+        request: what it is made from, as values with a `str`. An upload that was killed is
+            completed by one with the same request, as the same command has the same result.
+
     Raises:
-        InputError: there is something at `url` already, or the store refuses it. What was uploaded
-            is removed then.
+        InputError: there is something else at `url` already, or the store refuses it. What was
+            uploaded is removed then.
     """
-    _check_new(url)
+    begun = hashlib.sha256(repr(request).encode()).hexdigest().encode()
+    _check_new(url, begun)
     with workspace("prepare") as folder:
         made = folder / url.name
         yield made
@@ -136,10 +145,12 @@ def uploading(url: Url) -> Iterator[Path]:
         tell(f"uploading {size / 1e9:,.2f} GB to {url}")
         with exit_at_signals():
             try:
+                storage.write(url / UPLOAD, begun)
                 for name in names:
                     storage.upload(made / name, url / name, sha256_of(made / name))
+                storage.remove(url / UPLOAD)
             except BaseException as error:
-                for name in reversed(names):
+                for name in [*reversed(names), UPLOAD]:
                     with contextlib.suppress(OSError, InputError):
                         storage.remove(url / name)
                 if isinstance(error, OSError):
@@ -147,15 +158,19 @@ def uploading(url: Url) -> Iterator[Path]:
                 raise
 
 
-def _check_new(url: Url) -> None:
+def _check_new(url: Url, begun: bytes) -> None:
+    """Raise InputError where something is there that is no upload of this request."""
     try:
         there = storage.names(url)
+        ours = UPLOAD in there and storage.read(url / UPLOAD) == begun
     except OSError as error:
         raise InputError(f"{url}: {error.strerror}") from None
     if MANIFEST in there:
         raise InputError(f"{url}: exists already; remove it or choose another --out")
-    if there:
+    if ours:
+        tell(f"{url}: holds a part of this dataset, whose upload was killed; it will be completed")
+    elif there:
         raise InputError(
-            f"{url}: holds {', '.join(there[:3])}, as of an upload that was killed; "
-            "remove it or choose another --out"
+            f"{url}: holds {', '.join(there[:3])}, and no dataset; if this is an upload that was "
+            "killed, the same command completes it, else remove it or choose another --out"
         )

@@ -21,6 +21,9 @@ LENGTHS = (128, 512)  # max_length of the two usual phases of pre-training
 _LONGEST_COUNTED = 1 << 16  # tokens of a document; longer ones are counted as this long
 _QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 _HASHES = 1 << 22  # kept at most: 32 MiB
+# With n stretches in a window, the number of examples that a step of S takes from one source has
+# about 1 + S / n times the variance of a random choice. Here this is 1.5 for steps of 256.
+LEAST_STRETCHES = 512
 _BAD_SHOWN = 3  # bad records in the table; report.json lists more
 
 
@@ -254,6 +257,8 @@ class About:
         evaluated: how many were left out because evaluation sets share text with them; None where
             none were given.
         bad_records: the first records that were left out: "file", "line" (or "row"), "reason".
+        stretches: how many stretches of text a window mixes, each in the order of a source; None
+            where all examples are shuffled together.
     """
 
     vocab_size: int
@@ -267,6 +272,7 @@ class About:
     copies: int | None = None
     evaluated: int | None = None
     bad_records: Sequence[dict[str, Any]] = ()
+    stretches: int | None = None
 
 
 def make_report(stats: CorpusStats, text: TextStats, about: About) -> Report:
@@ -334,6 +340,8 @@ def make_report(stats: CorpusStats, text: TextStats, about: About) -> Report:
         figures["evaluated_left_out"] = about.evaluated
     if tokenizer is not None:
         figures["tokenizer"] = tokenizer
+    if about.stretches is not None:
+        figures["stretches_per_window"] = about.stretches
     sampled = " (sampled)" if figures["duplicates_sampled"] else ""
     tokenizer_advice = "raise --vocab-size"
     keep_advice = "keep them with --keep-accents, or with --cased"
@@ -379,6 +387,20 @@ def make_report(stats: CorpusStats, text: TextStats, about: About) -> Report:
             f"{asked_vocab_size or 0:,} tokens asked for; this is fine, or add text",
         ),
         *([row("tokenizer", tokenizer)] if tokenizer is not None else []),
+        *(
+            [
+                row(
+                    "stretches of text that a window mixes",
+                    f"{about.stretches:,}",
+                    about.stretches < LEAST_STRETCHES,
+                    "steps will differ more than random ones do if the text changes along a file "
+                    "or from file to file: compressed files are not cut, so unpack them or "
+                    "compress smaller parts; or raise order.window",
+                )
+            ]
+            if about.stretches is not None
+            else []
+        ),
         *(
             [
                 row(

@@ -15,11 +15,13 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
+from fastbert.config import OrderConfig
 from fastbert.data import baselines
-from fastbert.data.assemble import HELDOUT, Shard, read_shard
+from fastbert.data.assemble import HELDOUT, TRAIN, Shard, read_shard
 from fastbert.data.block_split import BlockSplit
-from fastbert.data.block_table import Blocks
+from fastbert.data.block_table import Blocks, per_window
 from fastbert.data.block_writer import BlockWriter
+from fastbert.data.blocks import BLOCK_BYTES
 from fastbert.data.byte_level import rounded_up
 from fastbert.data.format_3 import FORMAT, HELDOUT_HASHES, REPORTS, TABLE, read_tables
 from fastbert.data.job import Job, Vocabulary
@@ -32,6 +34,7 @@ from fastbert.data.vocabulary import BPE
 from fastbert.durable import sealed, sha256_of, sync, unsealed, write_whole
 from fastbert.errors import InputError
 
+WINDOW = OrderConfig().window
 SEALED = "sealed.json"  # in the folder of the results, just before the dataset gets its name
 
 
@@ -65,7 +68,8 @@ def seal(job: Job, settled: Settled, options: dict[str, Any], request: str) -> R
     stats = CorpusStats(bits=settled.bits)
     for shard in shards:
         stats.merge(shard.facts, shard.arrays)
-    report = make_report(stats, settled.text, _about(job, settled, tokenizer, measured))
+    stretches = _stretches(job, table, dtype)
+    report = make_report(stats, settled.text, _about(job, settled, tokenizer, measured, stretches))
     _write(job, "report.json", report.json().encode())
     _write(job, "report.md", report.markdown().encode())
     manifest = _manifest(job, tokenizer, measured, old, part)
@@ -193,7 +197,22 @@ def _check_new(job: Job, old: dict[str, Any] | None, table: np.ndarray) -> None:
             )
 
 
-def _about(job: Job, settled: Settled, tokenizer: Tokenizer, measured: dict[str, float]) -> About:
+def _stretches(job: Job, table: np.ndarray, dtype: np.dtype) -> int | None:
+    """Return how many stretches of text a window mixes; None where one window has all text."""
+    train = table[table["split"] == TRAIN]
+    if len(train) // per_window(WINDOW) <= 1:
+        return None
+    ids = int(train["tokens"].sum(dtype=np.int64)) * dtype.itemsize
+    return round(WINDOW / job.plan.stretch(ids, BLOCK_BYTES))
+
+
+def _about(
+    job: Job,
+    settled: Settled,
+    tokenizer: Tokenizer,
+    measured: dict[str, float],
+    stretches: int | None,
+) -> About:
     options, asked = job.tokenizer_or_vocabulary, None
     if isinstance(options, Vocabulary):
         asked = rounded_up(options.size) if options.algorithm == BPE else options.size
@@ -210,6 +229,7 @@ def _about(job: Job, settled: Settled, tokenizer: Tokenizer, measured: dict[str,
         copies=settled.copies if job.drop_copies else None,
         evaluated=settled.evaluated if job.without else None,
         bad_records=settled.bad,
+        stretches=stretches,
     )
 
 

@@ -31,10 +31,10 @@ def train_vocabulary(job: Job) -> None:
 
 
 class SampleTrainer:
-    """Trains the vocabulary of a job; returns it as `Tokenizer.to_str` does."""
+    """Trains the vocabulary of a job on `most` bytes; returns it as `Tokenizer.to_str` does."""
 
-    def __init__(self, job: Job):
-        self._job = job
+    def __init__(self, job: Job, most: int = VOCABULARY_BYTES):
+        self._job, self._most = job, most
 
     def __call__(self, _: None) -> str:
         job, options = self._job, self._job.tokenizer_or_vocabulary
@@ -47,11 +47,12 @@ class SampleTrainer:
             options.lowercase,
             options.keep_accents,
         )
-        return trainer(spread(_sample(job)))
+        return trainer(spread(sample_of(job, self._most)))
 
 
-def _sample(job: Job) -> Iterator[Chunk]:
-    for part, limit in job.plan.sample():
+def sample_of(job: Job, most: int) -> Iterator[Chunk]:
+    """Yield text that is spread evenly over that of a job, of about `most` bytes on disk."""
+    for part, limit in job.plan.sample(most):
         file, read = job.plan.files[part.file], 0
         for chunk in read_segment(file, part.segment, job.text_field, job.bad_allowed != 0):
             yield chunk

@@ -12,6 +12,7 @@ import queue
 import signal
 import subprocess
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from fastbert.errors import InputError
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
+REPORT_EVERY_S = 1.0  # a worker reports what it has done of an item at most that often
 _END = object()
 _WORKER = (
     "from multiprocessing.connection import Connection; from fastbert.data.workers import serve; "
@@ -36,17 +38,25 @@ def map_in_order(
     arguments: tuple[Any, ...],
     items: Iterable[Item],
     workers: int,
+    advance: Callable[[int], None] | None = None,
 ) -> Generator[Result]:
     """Apply `make(*arguments)` to the items and yield the results in order.
 
     The function is made once in each of `workers` processes, or in this process where `workers` is
     1. A few items per worker are in progress at any time. Close the generator to end the processes.
 
+    Args:
+        make, arguments: make the function.
+        items: what it is applied to.
+        workers: how many processes.
+        advance: is called with what the function reports while it works on an item, in any order of
+            the items; `make` then gets a function to report with as its last argument.
+
     Raises:
         InputError: the function raised one, in the order of the items; or a worker was killed.
     """
     if workers == 1:
-        yield from map(make(*arguments), items)
+        yield from map(make(*arguments, *([advance] if advance else [])), items)
         return
     source: Iterator[Any] = iter(items)
     more = True  # whether there are items left
@@ -56,7 +66,7 @@ def map_in_order(
     try:
         _start(pool, workers)
         for worker in pool:
-            worker.send((make, arguments))
+            worker.send((make, arguments, advance is not None))
         while more or given < sent:
             # Each worker gets two items, so that it never waits. `sent` stays close to `given`, so
             # that few results wait for an earlier one.
@@ -69,7 +79,7 @@ def map_in_order(
                         worker.send(item)
                         worker.waiting.append(sent)
                         sent += 1
-            for number, result in _receive(pool):
+            for number, result in _receive(pool, advance):
                 done[number] = result
             while given in done:
                 result = done.pop(given)
@@ -101,7 +111,7 @@ def apply_in_child(
     pool: list[_Worker] = []
     try:
         _start(pool, 1)
-        pool[0].send((make, arguments))
+        pool[0].send((make, arguments, False))
         pool[0].send(item)
         pool[0].waiting.append(0)
         ((_, result),) = _receive(pool)
@@ -114,6 +124,13 @@ def apply_in_child(
         ) from None
     finally:
         _end(pool)
+
+
+@dataclass(frozen=True)
+class _Done:
+    """What a worker has done of an item since it last said so."""
+
+    amount: int
 
 
 class _Gone(Exception):
@@ -154,14 +171,20 @@ def _start(pool: list[_Worker], count: int) -> None:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
-def _receive(pool: list[_Worker]) -> Iterator[tuple[int, Any]]:
-    """Wait for at least one result, if any is due; yield all available ones with their number."""
+def _receive(
+    pool: list[_Worker], advance: Callable[[int], None] | None = None
+) -> Iterator[tuple[int, Any]]:
+    """Wait for a message, if a result is due; yield all available results with their number."""
     busy: dict[Any, _Worker] = {worker.connection: worker for worker in pool if worker.waiting}
     for connection in wait(list(busy)) if busy else []:
         try:
             result = busy[connection].connection.recv()
         except (EOFError, OSError):
             raise _Gone from None
+        if isinstance(result, _Done):
+            if advance is not None:
+                advance(result.amount)
+            continue
         yield busy[connection].waiting.popleft(), result
 
 
@@ -191,18 +214,30 @@ def serve(connection: Connection) -> None:
             os._exit(1)
 
     threading.Thread(target=read, daemon=True).start()
+    done, reported = 0, time.monotonic()
+
+    def report(amount: int) -> None:
+        nonlocal done, reported
+        done += amount
+        if time.monotonic() - reported >= REPORT_EVERY_S:
+            connection.send(_Done(done))
+            done, reported = 0, time.monotonic()
+
     function: Callable[[Any], Any] | None = None
     while True:
         message = messages.get()
         if function is None:
-            make, arguments = message[0]
-            function = make(*arguments)
+            make, arguments, reports = message[0]
+            function = make(*arguments, *([report] if reports else []))
             continue
         try:
             result = function(message[0])
         except InputError as error:
             result = error
         try:
+            if done:
+                connection.send(_Done(done))
+                done = 0
             connection.send(result)
         except OSError:
             return

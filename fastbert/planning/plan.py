@@ -464,7 +464,8 @@ def describe(p: Plan) -> list[tuple[str, str]]:
         rows.append(("  communication", f"{_time(p.communication_s)}, {sent}"))
     unknown = "unknown: the run is limited in epochs, and the dataset is not here"
     cost = "" if p.cost is None else f", {p.cost:,.{0 if p.cost >= 100 else 2}f} dollars"
-    rows += [("" if i else "data", _read(one)) for i, one in enumerate(p.reading)]
+    for i, one in enumerate(p.reading):
+        rows += [("" if i else "data", _read(one)), ("  from a bucket", _requests(one))]
     return [
         *rows,
         ("tokens/s", f"{p.tokens_per_s:,.0f}, {p.mfu:.0%} of the peak"),
@@ -487,6 +488,12 @@ def _read(data: Reading) -> str:
         f"{_size(data.total)}, {windows}; {_size(data.first)} read before the first step, "
         f"{_size(data.cache)} of page cache a machine"
     )
+
+
+def _requests(data: Reading) -> str:
+    """How often a machine asks an object store, in words."""
+    epoch = f", {data.gets_per_epoch:,} an epoch" if data.gets_per_epoch else ""
+    return f"{data.gets:,} GET requests by each machine before the first step{epoch}"
 
 
 def _size(size: float) -> str:

@@ -1,4 +1,4 @@
-"""What a run reads of its dataset: before the first step, and at a time."""
+"""What a run reads of its dataset: before the first step, at a time, and by how many requests."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from fastbert.data.block_split import BlockSplit
 from fastbert.data.block_table import per_window
 from fastbert.data.dataset import TokenDataset
 from fastbert.data.examples import Examples
+from fastbert.data.remote_dataset import files_of
 from fastbert.data.window_order import count_by_block
+from fastbert.storage import RANGE_BYTES
 
 SAMPLE = 16  # blocks from which the lengths of examples are drawn
 
@@ -28,6 +30,11 @@ class Reading:
         window: the text of a window.
         cache: page cache that a machine needs so that nothing is read twice in an epoch: all text
             where examples come from all over it, else the window in use and the next one.
+        gets: requests for bytes that each machine sends before the first step, where the dataset is
+            in a bucket.
+        gets_per_epoch: those for the text of an epoch, one for each block. A machine sends them
+            once if FASTBERT_CACHE_GB has room for all text, else in every epoch. 0 where the whole
+            dataset was copied before the first step.
     """
 
     total: int
@@ -35,20 +42,37 @@ class Reading:
     windows: int
     window: int
     cache: int
+    gets: int
+    gets_per_epoch: int
 
 
 def reading(dataset: TokenDataset, size: int) -> Reading:
     """Return what a run with windows of `size` bytes reads."""
     files = sum(entry["size"] for entry in dataset.manifest["files"].values())
     windows = dataset.windows(size)
+    gets = {
+        name: -(-length // RANGE_BYTES) for name, (length, _) in files_of(dataset.manifest).items()
+    }
     if not dataset.blocks:
-        return Reading(files, files, 1, files, files)
+        return Reading(files, files, 1, files, files, 1 + sum(gets.values()), 0)
+    # The manifest, and the tables, which tell how many windows there are.
+    before = 1 + len(dataset.manifest["parts"])
     train, heldout = (int(dataset.blocks[name].layout.size.sum()) for name in ("train", "heldout"))
     total = files + train + heldout
     if windows == 1:
-        return Reading(total, total, 1, train, train)
-    window = train * per_window(size) // len(dataset.blocks["train"])
-    return Reading(total, files + heldout + window, windows, window, 2 * window)
+        return Reading(total, total, 1, train, train, before + sum(gets.values()), 0)
+    blocks = len(dataset.blocks["train"])
+    window = train * per_window(size) // blocks
+    before += sum(count for name, count in gets.items() if "/train-" not in name)
+    return Reading(
+        total,
+        files + heldout + window,
+        windows,
+        window,
+        2 * window,
+        before + per_window(size),
+        blocks,
+    )
 
 
 def sample(dataset: TokenDataset, config: RunConfig, seed: int) -> tuple[int, np.ndarray]:

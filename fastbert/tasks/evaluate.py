@@ -3,7 +3,8 @@
 Masked positions are also reported by corruption type, by length of the sequence and by frequency of
 the token. Positions that show `[MASK]` are reported separately, because a token that was left
 unchanged can be copied, which alone is worth 0.6 nats. Every figure is a sum over positions divided
-by their number, so it does not depend on batches or ranks.
+by their number, so it does not depend on batches or ranks. Those of a mixture are means over its
+sources by their shares of the examples, as in the losses that training reports.
 """
 
 from __future__ import annotations
@@ -11,9 +12,9 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,12 +25,15 @@ from fastbert.config import BatchConfig, RunConfig
 from fastbert.data import baselines as baselines
 from fastbert.data.batches import heldout_batches
 from fastbert.data.dataset import TokenDataset
+from fastbert.data.mixture import BLOCK
 from fastbert.data.packing import PackedBatch
+from fastbert.data.streams import Streams
 from fastbert.data.tokenizer import load_tokenizer, same_tokens
 from fastbert.errors import Diverged, InputError
 from fastbert.models.bert import BertForPreTraining
 from fastbert.tasks.pretrained import Pretrained
-from fastbert.training.verified_dataset import open_verified
+from fastbert.training.heldout import mean_baselines
+from fastbert.training.verified_dataset import open_sources
 
 MASKED, RANDOM, UNCHANGED = "[MASK]", "random", "unchanged"
 LENGTHS = (32, 64, 128, 256)  # tokens of the sequence: the upper bounds of the classes
@@ -79,6 +83,7 @@ class Evaluation:
     sequences: int
     tokens: int
     baselines: dict[str, float]  # the dataset's, nats per token
+    sources: dict[str, Evaluation] = field(default_factory=dict)  # of a mixture, by name
 
     @property
     def loss(self) -> float:
@@ -88,7 +93,7 @@ class Evaluation:
     def flat(self) -> dict[str, Any]:
         """Return a dict for JSON; its first keys are those of "evaluate" lines in metrics.jsonl."""
         shown, pairs = self.by_corruption.get(MASKED), self.pairs
-        return {
+        found = {
             "loss": self.loss,
             "loss_mlm": self.masked.loss,
             "accuracy_mlm": self.masked.accuracy,
@@ -106,6 +111,9 @@ class Evaluation:
             "by_frequency": {name: asdict(found) for name, found in self.by_frequency.items()},
             "baselines": self.baselines,
         }
+        if self.sources:
+            found["sources"] = {name: one.flat() for name, one in self.sources.items()}
+        return found
 
 
 def evaluate(
@@ -114,17 +122,18 @@ def evaluate(
     sequences: int | None = None,
     group: Group | None = None,
 ) -> Evaluation:
-    """Evaluate on the held-out split of a dataset, with the same masks for every model.
+    """Evaluate on the held-out text of a dataset or a mixture, with the same masks for every model.
 
     Args:
         pretrained: the model of a run is evaluated under its own recipe, that of a Hugging Face
             folder under the default objective.
-        data: the dataset; by default the run's own.
-        sequences: number of held-out examples; by default the recipe's `evaluate.sequences`.
+        data: the dataset; by default the run's own, all sources of a mixture.
+        sequences: number of held-out examples of each source; by default the recipe's
+            `evaluate.sequences`.
         group: ranks that share the work; all of them get the result.
 
     Raises:
-        InputError: no dataset is given; it is missing, damaged or made with another vocabulary; or
+        InputError: no dataset is given; one is missing, damaged or made with another vocabulary; or
             the model has no MLM head.
         Diverged: the loss is not finite.
     """
@@ -133,27 +142,36 @@ def evaluate(
             f"{pretrained.path}: no weights of an MLM head; there is no loss to measure"
         )
     recipe = pretrained.recipe or _recipe_for(pretrained)
-    paths = [source.path for source in recipe.sources]
-    if data is None and len(paths) > 1:
-        raise InputError(
-            f"{pretrained.path}: trained on a mixture; choose the source to evaluate on with "
-            f"--data: {', '.join(paths)} (metrics.jsonl has the losses of each source during "
-            "training)"
-        )
-    data = data or paths[0]
-    if not data:
+    paths = [str(data)] if data else [source.path for source in recipe.sources]
+    if not paths[0]:
         raise InputError(
             f"{pretrained.path}: not a run, so it names no dataset; give one with --data"
         )
-    dataset = open_verified(data, group)
-    _check_vocabulary(pretrained, dataset)
+    datasets = open_sources(paths, group)
+    _check_vocabulary(pretrained, datasets[0])
     if recipe.phase:
         # A phase with longer sequences may not have begun.
         longest = min(recipe.longest, pretrained.max_length)
         recipe = replace(recipe, batch=replace(recipe.batch, max_length=longest))
     if NSP not in pretrained.heads:
         recipe = replace(recipe, objective=replace(recipe.objective, kind="mlm"))
-    batches = heldout_batches(dataset, recipe, sequences or recipe.evaluate.sequences)
+    wanted = sequences or recipe.evaluate.sequences
+    found = [_evaluate(pretrained, dataset, recipe, wanted, group) for dataset in datasets]
+    if len(found) == 1:
+        return found[0]
+    shares = [quota / BLOCK for quota in Streams(datasets, recipe).quotas(recipe)]
+    return _together(dict(zip(recipe.source_names, found, strict=True)), shares)
+
+
+def _evaluate(
+    pretrained: Pretrained,
+    dataset: TokenDataset,
+    recipe: RunConfig,
+    sequences: int,
+    group: Group | None,
+) -> Evaluation:
+    """Evaluate on one dataset."""
+    batches = heldout_batches(dataset, recipe, sequences)
     mine = batches[group.rank :: group.world] if group else batches
     classes = _Classes(dataset)
     sums = classes.sums(pretrained, mine)
@@ -166,6 +184,44 @@ def evaluate(
             "take another one"
         )
     return found
+
+
+Figures = TypeVar("Figures", Masked, Pairs)
+
+
+def _together(sources: dict[str, Evaluation], shares: Sequence[float]) -> Evaluation:
+    """Return the means over the sources of a mixture by their shares, which add up to 1."""
+    found = list(sources.values())
+
+    def mean(parts: Sequence[Figures | None]) -> Figures | None:
+        given = [(p, share) for p, share in zip(parts, shares, strict=True) if p and share]
+        if not given:
+            return None
+        total, kind = sum(share for _, share in given), type(given[0][0])
+        values = {
+            f.name: sum(getattr(part, f.name) * share for part, share in given) / total
+            for f in fields(kind)
+        }
+        return kind(**{**values, "count": sum(part.count for part, _ in given)})  # type: ignore[arg-type]
+
+    def by_class(groups: Sequence[dict[str, Masked]]) -> dict[str, Masked]:
+        names = dict.fromkeys(name for group in groups for name in group)
+        means = {name: mean([group.get(name) for group in groups]) for name in names}
+        return {name: one for name, one in means.items() if one is not None}
+
+    masked = mean([one.masked for one in found])
+    assert masked is not None, "a mixture in which every source has the share 0"
+    return Evaluation(
+        masked=masked,
+        pairs=mean([one.pairs for one in found]),
+        by_corruption=by_class([one.by_corruption for one in found]),
+        by_length=by_class([one.by_length for one in found]),
+        by_frequency=by_class([one.by_frequency for one in found]),
+        sequences=sum(one.sequences for one in found),
+        tokens=sum(one.tokens for one in found),
+        baselines=mean_baselines([one.baselines for one in found], shares),
+        sources=sources,
+    )
 
 
 class _Classes:

@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 
-from fastbert.config import RunConfig
 from fastbert.data.dataset import open_dataset
 from fastbert.data.tokenizer import token_text
 from fastbert.durable import replaceable, replacing
@@ -114,9 +113,7 @@ def _results(run: Path, sequences: int | None) -> tuple[Pretrained | None, Evalu
     """Return the model of the newest checkpoint and its evaluation, or why there is none."""
     try:
         pretrained = load(run, "cpu")
-        # Of a mixture, the first source is evaluated; the curves have the others.
-        data = pretrained.recipe.sources[0].path if pretrained.recipe else None
-        return pretrained, evaluate(pretrained, data, sequences), ""
+        return pretrained, evaluate(pretrained, sequences=sequences), ""
     except (Diverged, InputError) as error:
         return None, None, str(error)
 
@@ -162,7 +159,6 @@ def _page(
     why_not: str,
 ) -> str:
     recipe = read_text(run / "config.toml").strip()
-    data = pretrained.recipe if pretrained else None
     sections = [
         f"<h1>{_text(run.resolve().name)}</h1>",
         _cards(history, pretrained, found),
@@ -170,7 +166,7 @@ def _page(
         f'<h2>Curves</h2><div class="curves">{"".join(_curves(history, found))}</div>',
         "<h2>Where the time went</h2>" + _times(history),
         "<h2>Held-out results</h2>"
-        + (_held_out(found, data) if found else f'<p class="note">None: {_text(why_not)}</p>'),
+        + (_held_out(found) if found else f'<p class="note">None: {_text(why_not)}</p>'),
     ]
     if pretrained is not None:
         sections.append("<h2>What it guesses</h2>" + _samples(pretrained))
@@ -247,7 +243,7 @@ def _clock(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
-def _held_out(found: Evaluation, recipe: RunConfig | None) -> str:
+def _held_out(found: Evaluation) -> str:
     def row(name: str, masked: Masked) -> list[str]:
         losses = (f"{value:.3f}" for value in (masked.loss, masked.unigram, masked.left_bigram))
         shares = (f"{share:.1%}" for share in (masked.accuracy, masked.accuracy_of_5))
@@ -262,6 +258,7 @@ def _held_out(found: Evaluation, recipe: RunConfig | None) -> str:
         row(f"tokens {name} times in a million", masked)
         for name, masked in found.by_frequency.items()
     ]
+    rows += [row(f"source {name}", one.masked) for name, one in found.sources.items()]
     columns = (
         "",
         "loss (nats)",
@@ -275,8 +272,8 @@ def _held_out(found: Evaluation, recipe: RunConfig | None) -> str:
         f"{found.sequences:,} sequences, {found.tokens:,} tokens; "
         f"perplexity {found.masked.perplexity:,.1f}"
     )
-    if recipe is not None and len(recipe.sources) > 1:
-        text = f"{recipe.sources[0].path}, the first source of the mixture: {text}"
+    if found.sources:
+        text = f"mean over the sources of the mixture by their shares: {text}"
     if (pairs := found.pairs) is not None:
         right = f"{pairs.accuracy:.1%} of {pairs.count:,} right"
         text += f"; next sentence: loss {pairs.loss:.3f}, {right}"

@@ -81,6 +81,17 @@ def together(found: Sequence[HeldOut], shares: Sequence[float]) -> HeldOut:
     return HeldOut(**values)  # pyright: ignore[reportArgumentType]
 
 
+def mean_baselines(found: Sequence[dict[str, float]], shares: Sequence[float]) -> dict[str, float]:
+    """Return the means of the baselines of sources, by their shares; of those that all have."""
+    if len(found) == 1:
+        return found[0]
+    return {
+        name: sum(one[name] * share for one, share in zip(found, shares, strict=True))
+        for name in found[0]
+        if all(name in one for one in found)
+    }
+
+
 def heldout_sums(losses: Losses, batch: PackedBatch, mask_id: int) -> Tensor:
     """Sum one batch's losses, correct predictions and counts.
 

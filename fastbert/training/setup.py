@@ -37,7 +37,7 @@ from fastbert.training.branch import ORIGIN, begin_state, open_parent, origin_in
 from fastbert.training.ds_config import DeepSpeedSettings, read_ds_config
 from fastbert.training.engine import check_settings
 from fastbert.training.graphs import check_cuda_graphs
-from fastbert.training.heldout import HeldOutSource
+from fastbert.training.heldout import HeldOutSource, mean_baselines
 from fastbert.training.initial import open_initial, put, with_sizes
 from fastbert.training.loggers import check_loggers
 from fastbert.training.precision import Precision, resolve_precision
@@ -106,14 +106,7 @@ class Setup:
     def baselines(self) -> dict[str, float]:
         """The losses of count models, nats per token: means over the sources by their shares."""
         shares = [source.share for source in next(iter(self.heldout.values()))]
-        found = [dataset.baselines for dataset in self.datasets]
-        names = [name for name in found[0] if all(name in one for one in found)]
-        if len(found) == 1:
-            return found[0]
-        return {
-            name: sum(one[name] * share for one, share in zip(found, shares, strict=True))
-            for name in names
-        }
+        return mean_baselines([dataset.baselines for dataset in self.datasets], shares)
 
     @property
     def metadata(self) -> dict[str, Any]:
