@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("triton", reason="Triton is not installed")
+triton = pytest.importorskip("triton", reason="Triton is not installed")
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip(
         "needs TRITON_INTERPRET=1, which tests/conftest.py sets where there is no GPU",
@@ -14,7 +14,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 
 from fastbert_kernels.checker.cases import carry_out
 from tests import wrong_kernels
-from tests.right_kernels import RIGHT, ROUNDING, WAITING
+from tests.right_kernels import BLOCK_POINTERS, RIGHT, ROUNDING, WAITING
 from tests.wrong_kernels import WRONG
 
 SLOW = {  # each takes a second or two, and others are of the same kind
@@ -84,6 +84,16 @@ def test_nothing_is_found_in_a_right_kernel(name):
     report = carry_out(RIGHT[name])
     assert not report.findings, str(report)
     assert all(case.launches and case.errors for case in report.cases)
+
+
+def test_block_pointers_run_until_triton_removes_them():
+    report = carry_out(BLOCK_POINTERS)
+    if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9):
+        assert not report.findings, str(report)
+    else:
+        (fault,) = report.findings
+        assert (fault.kind, fault.kernel) == ("exception", "block_pointer_kernel")
+        assert "Block pointers have been removed" in fault.message
 
 
 @pytest.mark.slow
