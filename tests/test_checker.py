@@ -452,6 +452,7 @@ def test_inputs_that_a_reference_does_not_read_are_named():
     given = {"x": torch.randn(4), "mean": torch.randn(1), "n": torch.arange(3)}
     assert unread(lambda x, mean, n: x - x.mean(), given) == ["mean"]
     assert unread(lambda x, mean, n: x - mean, given) == []
+    assert unread(lambda x, mean, n: (x > 0, mean.isnan()), given) == []  # no NaN comes out
 
 
 def test_fp8_is_rounded_to_nearest_even_and_saturates():

@@ -48,7 +48,7 @@ def test_a_wrong_kernel_is_found_and_named(name):
     found = [f for f in found if f.tensor == wrong.tensor or not wrong.tensor]
     assert found, f"expected {wrong.kind} of {wrong.kernel}, got\n{report}"
     for finding in found:
-        if finding.kernel:
+        if finding.kernel and finding.kind != "grid":  # whose line is that of the launch
             file, _, line = finding.line.rpartition(":")
             assert file == "tests/wrong_kernels.py", finding
             source = Path(wrong_kernels.__file__).read_text(encoding="utf-8").splitlines()
@@ -76,6 +76,8 @@ def test_there_are_forty_wrong_kernels_of_all_kinds():
         "exception",
         "changed input",
         "large values",
+        "zeros",
+        "grid",
     }
 
 
