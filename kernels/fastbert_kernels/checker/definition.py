@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -61,7 +62,9 @@ def validate(checked: Check, name: str) -> None:
             raise ValueError(f"{name}: {what} = {function!r}; expected a function")
     for what in ("shapes", "large", "dtypes", "gradients"):
         value = getattr(checked, what)
-        if isinstance(value, str) or not isinstance(value, (Iterable, type(None))):
+        if what == "gradients" and value is None:
+            continue
+        if isinstance(value, str) or not isinstance(value, Iterable):
             raise ValueError(f"{name}: {what} = {value!r}; expected a list")
     for what in ("shapes", "large"):
         for shape in getattr(checked, what):
@@ -69,6 +72,10 @@ def validate(checked: Check, name: str) -> None:
                 raise ValueError(
                     f"{name}: {shape!r} in {what}; expected a dict of sizes, such as {{'rows': 3}}"
                 )
+            try:
+                inspect.signature(checked.inputs).bind(torch.float32, **shape)
+            except TypeError as error:
+                raise ValueError(f"inputs fails at {dict(shape)}: TypeError: {error}") from error
     for what in ("shapes", "dtypes"):
         if not getattr(checked, what):
             raise ValueError(f"{name}: {what} is empty; give one at least")

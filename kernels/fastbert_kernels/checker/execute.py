@@ -56,7 +56,7 @@ def draw(
         torch.manual_seed(SEED + number)
         try:
             given = make(dtype, **shape)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             what, line = what_and_where(error)
             place = f" ({line})" if line else ""
             raise ValueError(f"inputs fails at {dict(shape)}: {what}{place}") from error
@@ -167,7 +167,7 @@ def run(
             outcome.outputs = tuple(named)
             leaves_by_name = {name: arguments[name] for name in leaves}
             named |= _gradients(named, leaves_by_name, rounding, contiguous)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             outcome.error = what_and_where(error)
             return outcome
         if outcome.record is not None:
