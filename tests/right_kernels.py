@@ -268,7 +268,7 @@ def transposed(x):
     return y
 
 
-RIGHT["transposition by block pointers"] = Check(
+BLOCK_POINTERS = Check(  # right until Triton 3.8; in 3.9 every call of make_block_ptr raises
     transposed, lambda x: x.t().contiguous(), normal("x"), [{"rows": 20, "columns": 33}]
 )
 
@@ -842,7 +842,8 @@ def recur(a, b, next_a, next_b):
 @triton.jit
 def recurrence_kernel(a_ptr, b_ptr, y_ptr, N: tl.constexpr):
     place = tl.program_id(0).to(tl.int64) * N + tl.arange(0, N)
-    a, b = tl.load(a_ptr + place).to(tl.float32), tl.load(b_ptr + place).to(tl.float32)
+    a = tl.sigmoid(tl.load(a_ptr + place).to(tl.float32))  # so that infinity is multiplied nowhere
+    b = tl.load(b_ptr + place).to(tl.float32)
     _, y = tl.associative_scan((a, b), 0, recur)
     tl.store(y_ptr + place, y)
 
@@ -854,7 +855,7 @@ def recurrence(a, b):
 
 
 def recurred(a, b):
-    y = [b[:, 0]]
+    a, y = a.sigmoid(), [b[:, 0]]
     for t in range(1, a.shape[1]):
         y.append(a[:, t] * y[-1] + b[:, t])
     return torch.stack(y, 1)
@@ -864,7 +865,7 @@ RIGHT["associative scan"] = Check(
     recurrence,
     recurred,
     lambda dtype, rows, N: {
-        "a": torch.rand(rows, N).to(dtype),
+        "a": torch.randn(rows, N).to(dtype),
         "b": torch.randn(rows, N).to(dtype),
     },
     [{"rows": 3, "N": 32}],
@@ -888,6 +889,107 @@ def by_made_descriptors(x):
 
 RIGHT["descriptors made in the kernel"] = Check(
     by_made_descriptors, lambda x: 2 * x, normal("x"), [{"rows": 20, "columns": 40}]
+)
+
+# ---- what seemed wrong once
+
+
+@triton.jit
+def swapped_in_kernel(x_ptr, largest_ptr):
+    x = tl.load(x_ptr + tl.program_id(0))
+    seen = tl.load(largest_ptr, volatile=True)  # as good as a relaxed atomic load
+    while seen < x:
+        now = tl.atomic_cas(largest_ptr, seen, x)
+        if now == seen:
+            seen = x
+        else:
+            seen = now
+
+
+def largest_by_swaps(x):
+    y = torch.full((1,), -100, dtype=torch.int32)
+    swapped_in_kernel[(x.numel(),)](x, y)
+    return y
+
+
+RIGHT["maximum by compare and swap"] = Check(
+    largest_by_swaps,
+    lambda x: x.max().reshape(1),
+    lambda dtype, n: {"x": torch.randint(-50, 90, (n,), dtype=torch.int32)},
+    [{"n": 9}],
+    dtypes=["fp32"],
+)
+
+
+@triton.jit
+def wider_kernel(x_ptr, y_ptr, n, BLOCK: tl.constexpr):
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + i, mask=i < n, other=0.0).to(tl.float32)
+    tl.store(y_ptr + i, x * 2, mask=i < n)
+
+
+def wider(x):
+    y = torch.empty(x.shape, dtype=torch.float32)
+    wider_kernel[(triton.cdiv(x.numel(), 16),)](x, y, x.numel(), BLOCK=16)
+    return y
+
+
+RIGHT["reads fp8"] = Check(
+    wider,
+    lambda x: x.float() * 2,
+    lambda dtype, n: {"x": torch.randn(n).to(torch.float8_e4m3fn)},
+    [{"n": 40}],
+    dtypes=["fp32"],
+    gradients=[],
+)
+
+
+@triton.heuristics({"EVEN": lambda given: given["n"] % given["BLOCK"] == 0})
+@triton.jit
+def one_more_kernel(x_ptr, n, BLOCK: tl.constexpr, EVEN: tl.constexpr):
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    if EVEN:
+        tl.store(x_ptr + i, tl.load(x_ptr + i) + 1)
+    else:
+        x = tl.load(x_ptr + i, mask=i < n, other=0.0)
+        tl.store(x_ptr + i, x + 1, mask=i < n)
+
+
+def one_more(x):
+    y = x.detach().clone()
+    one_more_kernel[(triton.cdiv(x.numel(), 16),)](y, x.numel(), BLOCK=16)
+    return y
+
+
+RIGHT["adds in place in either branch"] = Check(
+    one_more, lambda x: x + 1, normal("x"), [{"n": 32}, {"n": 40}], dtypes=["bf16"], gradients=[]
+)
+
+
+@triton.jit
+def larger(a, b):
+    return tl.maximum(a, b)
+
+
+@triton.jit
+def from_below_kernel(x_ptr, y_ptr, ROWS: tl.constexpr, N: tl.constexpr):
+    place = tl.arange(0, ROWS)[:, None] * N + tl.arange(0, N)[None, :]
+    x = tl.load(x_ptr + place)
+    tl.store(y_ptr + place, tl.associative_scan(x, 0, larger, reverse=True))
+
+
+def from_below(x):
+    y = torch.empty_like(x)
+    from_below_kernel[(1,)](x, y, ROWS=len(x), N=x.shape[1])
+    return y
+
+
+RIGHT["scan in reverse along the first axis"] = Check(
+    from_below,
+    lambda x: x.flip(0).cummax(0).values.flip(0),
+    lambda dtype, rows, N: {"x": torch.randint(0, 99, (rows, N))},
+    [{"rows": 8, "N": 16}],
+    dtypes=["fp32"],
 )
 
 # ---- programs that wait for those before them

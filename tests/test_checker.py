@@ -24,6 +24,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
         allow_module_level=True,
     )
 
+from fastbert_kernels.checker import template
 from fastbert_kernels.checker.arithmetic import round_fp8
 from fastbert_kernels.checker.bounds import compare, compare_small, relative_error, stand_in
 from fastbert_kernels.checker.cases import Check, carry_out, check
@@ -98,6 +99,15 @@ BAD_INPUT = {
     "no name": (["empty.py"], "empty.py has no kernel; --init prints a file with all"),
     "fails": (["broken.py"], "broken.py fails in line 1: ZeroDivisionError: division by zero"),
     "size": (["good.py", "--shapes", "n=many"], "--shapes n=many: 'n=many' is not a size such as"),
+    "size twice": (["good.py", "--shapes", "n=3,n=4"], "--shapes n=3,n=4: n has two sizes; give"),
+    "other digits": (["good.py", "--shapes", "n=²"], "--shapes n=²: 'n=²' is not a size such as"),
+    "no shapes": (["no_shapes.py"], "no_shapes: shapes = None; expected a list"),
+    "other large size": (["other_large.py"], "inputs fails at {'rows': 9}: TypeError: missing a"),
+    "inputs exit": (["inputs_exit.py"], "inputs fails at {'n': 1}: SystemExit: 0 ("),
+    "reference exits": (
+        ["reference_exits.py"],
+        "the reference fails at {'n': 1}, fp32: SystemExit",
+    ),
     "dtype": (["good.py", "--dtypes", "fp8"], "dtype = 'fp8'; known are fp32, bf16, fp16"),
     "no dtype": (["good.py", "--dtypes", ","], "good: dtypes is empty; give one at least"),
     "exits": (["exits.py"], ": SystemExit: 3"),
@@ -121,6 +131,10 @@ BAD_INPUT = {
 
 APPENDED = {  # to the template
     "exits": "raise SystemExit(3)",
+    "no_shapes": "shapes = None",
+    "other_large": 'large = [{"rows": 9}]',
+    "inputs_exit": "def inputs(dtype, n): raise SystemExit(0)",
+    "reference_exits": "def reference(x, y): raise SystemExit(0)",
     "shape": 'shapes = {"n": 1}',
     "large": "large = [2**31]",
     "list": "inputs = lambda dtype, n: [torch.ones(n)]",
@@ -148,6 +162,23 @@ def test_bad_input_is_one_line(arguments, message, tmp_path, monkeypatch, capsys
     assert main(arguments) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and message in error and error.count("\n") == 1
+
+
+def test_a_kernel_that_exits_is_a_fault(tmp_path, capsys):
+    main(["--init"])
+    text = capsys.readouterr().out + "def kernel(x, y): raise SystemExit(0)"
+    (tmp_path / "exits.py").write_text(text, encoding="utf-8")
+    assert main([str(tmp_path / "exits.py"), "--dtypes", "fp32"]) == 1
+    line = text.count("\n") + 1
+    assert f"fault: exception: {tmp_path.name}/exits.py:{line}" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_report_that_cannot_be_written_is_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdout", open("/dev/full", "w"))
+    assert main([template.__file__, "--json", "--shapes", "n=3", "--dtypes", "fp32"]) == 2
+    error = "error: the report cannot be written: No space left on device\n"
+    assert capsys.readouterr().err == error
 
 
 def test_sizes_of_the_reference_that_fail_are_said():
@@ -452,6 +483,7 @@ def test_inputs_that_a_reference_does_not_read_are_named():
     given = {"x": torch.randn(4), "mean": torch.randn(1), "n": torch.arange(3)}
     assert unread(lambda x, mean, n: x - x.mean(), given) == ["mean"]
     assert unread(lambda x, mean, n: x - mean, given) == []
+    assert unread(lambda x, mean, n: (x > 0, mean.isnan()), given) == []  # no NaN comes out
 
 
 def test_fp8_is_rounded_to_nearest_even_and_saturates():

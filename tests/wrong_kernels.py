@@ -989,3 +989,211 @@ for name, kernel in (
         shapes=[{"n": 32}],
         large=[{"n": 2**31 + 64}],
     )
+
+# ---- what Triton's own interpreter, or numbers of the usual kind, do not show
+
+
+@triton.jit
+def decay(before, x):
+    return before * 0.5 + x
+
+
+@triton.jit
+def decay_kernel(x_ptr, y_ptr, N: tl.constexpr):
+    place = tl.program_id(0).to(tl.int64) * N + tl.arange(0, N)
+    tl.store(y_ptr + place, tl.associative_scan(tl.load(x_ptr + place), 0, decay))
+
+
+def decayed(x):
+    y = torch.empty_like(x)
+    decay_kernel[(len(x),)](x, y, N=x.shape[1])
+    return y
+
+
+def decayed_in_order(x):
+    y = [x[:, 0]]
+    for t in range(1, x.shape[1]):
+        y.append(y[-1] * 0.5 + x[:, t])
+    return torch.stack(y, 1)
+
+
+add(
+    "scan by a function that is not associative",
+    "wrong result",
+    decay_kernel,
+    decayed,
+    "result",
+    reference=decayed_in_order,
+    shapes=[{"rows": 2, "N": 16}],
+)
+
+
+@triton.jit
+def later(a, b):
+    return tl.where(b != 0, b, a)
+
+
+@triton.jit
+def last_kernel(x_ptr, y_ptr, N: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    x = tl.load(x_ptr + row * N + tl.arange(0, N))
+    tl.store(y_ptr + row, tl.reduce(x, 0, later))
+
+
+def last(x):
+    y = x.new_empty(len(x))
+    last_kernel[(len(x),)](x, y, N=x.shape[1])
+    return y
+
+
+add(
+    "reduction by a function that is not commutative",
+    "wrong result",
+    last_kernel,
+    last,
+    "result",
+    reference=lambda x: torch.stack([row[row != 0][-1] for row in x]),
+    inputs=lambda dtype, rows, N: {
+        "x": torch.randint(1, 9, (rows, N)) * (torch.arange(N) % 3 == 1)
+    },
+    shapes=[{"rows": 3, "N": 16}],
+)
+
+
+@triton.jit
+def length_kernel(x_ptr, y_ptr, N: tl.constexpr, SIXTEEN: tl.constexpr):
+    place = tl.program_id(0).to(tl.int64) * N + tl.arange(0, N)
+    x = tl.load(x_ptr + place)
+    square = x * x if SIXTEEN else x.to(tl.float32) * x.to(tl.float32)
+    total = tl.sum(square.to(tl.float32), 0)
+    tl.store(y_ptr + place, x.to(tl.float32) * tl.rsqrt(total + SIXTEEN * 1e-12))
+
+
+def of_length_one(sixteen):
+    def run(x):
+        y = torch.empty_like(x)
+        length_kernel[(len(x),)](x, y, N=x.shape[1], SIXTEEN=sixteen)
+        return y
+
+    return run
+
+
+add(
+    "nothing added to a sum that may be zero",
+    "zeros",
+    length_kernel,
+    of_length_one(False),
+    "result",
+    reference=lambda x: torch.nn.functional.normalize(x, dim=-1),
+    shapes=[{"rows": 3, "N": 16}],
+)
+add(
+    "squares in 16 bits, in the second dtype",
+    "large values",
+    length_kernel,
+    of_length_one(True),
+    "result",
+    reference=lambda x: torch.nn.functional.normalize(x, dim=-1),
+    inputs=lambda dtype, rows, N: {"x": (4 * torch.randn(rows, N)).to(dtype)},
+    shapes=[{"rows": 3, "N": 16}],
+    dtypes=["fp32", "fp16"],
+)
+
+
+@triton.jit
+def masked_softmax_kernel(x_ptr, keep_ptr, y_ptr, N: tl.constexpr):
+    place = tl.program_id(0).to(tl.int64) * N + tl.arange(0, N)
+    x = tl.where(tl.load(keep_ptr + place), tl.load(x_ptr + place), -float("inf"))
+    e = tl.exp(x - tl.max(x, 0))
+    tl.store(y_ptr + place, e / tl.sum(e, 0))
+
+
+def masked_softmax(x, keep):
+    y = torch.empty_like(x)
+    masked_softmax_kernel[(len(x),)](x, keep, y, N=x.shape[1])
+    return y
+
+
+add(
+    "row of which nothing is kept",
+    "zeros",
+    masked_softmax_kernel,
+    masked_softmax,
+    "result",
+    reference=lambda x, keep: torch.where(keep, x, -1e30).softmax(-1) * keep,
+    inputs=lambda dtype, rows, N: {
+        "x": torch.randn(rows, N).to(dtype),
+        "keep": torch.rand(rows, N) > 0.5,
+    },
+    shapes=[{"rows": 3, "N": 16}],
+)
+
+
+@triton.jit
+def narrow_kernel(x_ptr, y_ptr, n, BLOCK: tl.constexpr):
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(y_ptr + i, tl.load(x_ptr + i, mask=i < n).to(tl.float32) * 3, mask=i < n)
+
+
+def narrowed(x):
+    y = torch.empty_like(x)
+    narrow_kernel[(triton.cdiv(x.numel(), 16),)](x, y, x.numel(), BLOCK=16)
+    return y
+
+
+add(
+    "fp64 computed in fp32",
+    "wrong result",
+    narrow_kernel,
+    narrowed,
+    "result",
+    reference=lambda x: x * 3,
+    inputs=lambda dtype, n: {"x": torch.randn(n, dtype=torch.float64)},
+)
+
+
+@triton.jit
+def flag_bytes_kernel(x_ptr, y_ptr, n, BLOCK: tl.constexpr):
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    positive = tl.load(x_ptr + i, mask=i < n, other=0.0) > 0
+    bytes_ptr = y_ptr.to(tl.pointer_type(tl.int8))
+    tl.store(bytes_ptr + i, positive.to(tl.int8) * 2, mask=i < n)
+
+
+def flag_bytes(x):
+    y = torch.empty(x.shape, dtype=torch.bool)
+    flag_bytes_kernel[(triton.cdiv(x.numel(), 16),)](x, y, x.numel(), BLOCK=16)
+    return y
+
+
+add(
+    "bool of two",
+    "wrong result",
+    flag_bytes_kernel,
+    flag_bytes,
+    "result",
+    reference=lambda x: x > 0,
+)
+
+
+@triton.jit
+def rows_along_y_kernel(x_ptr, y_ptr, N: tl.constexpr):
+    place = tl.program_id(1).to(tl.int64) * N + tl.arange(0, N)
+    tl.store(y_ptr + place, tl.load(x_ptr + place))
+
+
+def rows_along_y(x):
+    y = torch.empty_like(x)
+    rows_along_y_kernel[(1, len(x))](x, y, N=x.shape[1])
+    return y
+
+
+add(
+    "a grid for few rows",
+    "grid",
+    rows_along_y_kernel,
+    rows_along_y,
+    reference=torch.clone,
+    shapes=[{"rows": 3, "N": 16}],
+    large=[{"rows": 2**16, "N": 16}],
+)

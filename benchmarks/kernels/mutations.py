@@ -1,7 +1,10 @@
 """Make small changes to our kernels, one at a time, and count those that the checker finds.
 
-    python -m benchmarks.kernels.mutations                      100 changes, some 15 minutes
+    python -m benchmarks.kernels.mutations --log FILE           100 changes, some 25 CPU minutes
     python -m benchmarks.kernels.mutations --count 10 --seed 3  others
+
+The log has one line for each change that was judged. An interrupted run that is started again with
+the same log judges only the others, as long as the package is the same.
 
 A change is one of these: another comparison, plus for minus, times for divided by, a constant off
 by one, a mask or an `other` left out, a minimum for a maximum, a condition negated. They are drawn
@@ -16,6 +19,8 @@ from __future__ import annotations
 
 import argparse
 import ast
+import hashlib
+import json
 import os
 import random
 import resource
@@ -207,21 +212,44 @@ def outcome(change: Change) -> str:
     return done.stdout.strip()
 
 
-def false_alarms(files: list[str]) -> list[str]:
-    """What the checker reports of the unchanged kernels of these files."""
-    unchanged = [Change(file, -1, 0, "unchanged") for file in files]
-    found = zip(files, one_on_each(outcome, unchanged), strict=True)
-    return [f"{file}: {text}" for file, text in found if text]
+class Log:
+    """What was judged before, in a file of one JSON array [digest, change, found] a line.
+
+    The digest is that of the package, so that results of another package do not count.
+    """
+
+    def __init__(self, path: Path | None):
+        files = sorted(PACKAGE.rglob("*.py"))
+        texts = [file.read_bytes() for file in files]
+        self.path, self.digest = path, hashlib.sha256(b"\0".join(texts)).hexdigest()[:16]
+        self.known: dict[Change, str] = {}
+        lines = path.read_text(encoding="utf-8").splitlines() if path and path.exists() else []
+        for line in lines:
+            digest, change, found = json.loads(line)
+            if digest == self.digest:
+                self.known[Change(*change)] = found
+
+    def outcome(self, change: Change) -> str:
+        """Judge a change, unless the log has it."""
+        if change not in self.known:
+            self.known[change] = outcome(change)
+            if self.path:
+                with self.path.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps([self.digest, change, self.known[change]]) + "\n")
+        return self.known[change]
 
 
-def report(seed: int, count: int) -> Iterator[str]:
+def report(seed: int, count: int, log: Log) -> Iterator[str]:
     drawn = random.Random(seed).sample(changes(), count)
-    if wrong := false_alarms(sorted({change.file for change in drawn})):
+    files = sorted({change.file for change in drawn})
+    unchanged = [Change(file, -1, 0, "unchanged") for file in files]
+    found = zip(files, one_on_each(log.outcome, unchanged), strict=True)
+    if wrong := [f"{file}: {text}" for file, text in found if text]:
         raise SystemExit("unchanged kernels have faults:\n" + "\n".join(wrong))
     kinds: Counter[str] = Counter()
-    for change, found in zip(drawn, one_on_each(outcome, drawn), strict=True):
-        kinds[found.partition(":")[0] or "missed"] += 1
-        yield f"{change.file}:{change.line} {change.what}: {found[:100] or 'MISSED'}"
+    for change, text in zip(drawn, one_on_each(log.outcome, drawn), strict=True):
+        kinds[text.partition(":")[0] or "missed"] += 1
+        yield f"{change.file}:{change.line} {change.what}: {text[:100] or 'MISSED'}"
     yield ""
     yield f"{count - kinds['missed']} of {count} found: " + ", ".join(
         f"{kind} {n}" for kind, n in kinds.most_common()
@@ -234,13 +262,14 @@ def main() -> None:
     )
     parser.add_argument("--count", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--log", type=Path, help="where results are kept and resumed from")
     parser.add_argument("--judge", nargs="*", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.judge is not None:
         resource.setrlimit(resource.RLIMIT_CPU, (CPU_S, CPU_S + 1))
         print(judge(options.judge))
         return
-    for line in report(options.seed, options.count):
+    for line in report(options.seed, options.count, Log(options.log)):
         print(line, flush=True)
 
 

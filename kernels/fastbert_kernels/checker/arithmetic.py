@@ -3,12 +3,14 @@
 It knows nothing about memory, and changes these operations:
 
 - bf16: handles hold float32 values that are rounded to nearest even when a handle is made;
-- fp8: numbers are rounded to nearest even, and too large ones become the largest;
+- fp8: numbers are rounded to nearest even, too large ones become the largest, and NaN stays NaN;
 - fp16 dot products and sums are computed in fp32;
 - `fma` rounds once;
 - `maximum` and `minimum` of NaN;
 - `umulhi` of negative numbers;
-- the smallest size of `tl.dot` (an inner dimension of 16).
+- the smallest size of `tl.dot` (an inner dimension of 16);
+- `tl.reduce` and `tl.associative_scan`, which combine lanes in another order than the stock
+  interpreter.
 """
 
 # pyright: basic
@@ -23,7 +25,7 @@ import torch
 import triton.language as tl
 from triton._C.libtriton import ir
 from triton.runtime import interpreter
-from triton.runtime.interpreter import InterpreterBuilder, ReduceOps, TensorHandle
+from triton.runtime.interpreter import InterpreterBuilder, ReduceOps, ScanOps, TensorHandle
 
 _stock_np_dtype = interpreter._get_np_dtype
 _stock_post_init = TensorHandle.__post_init__
@@ -53,9 +55,9 @@ class GpuArithmetic(InterpreterBuilder):
         nearest = rounding_mode in (None, ir.ROUNDING_MODE.RTNE)
         if nearest and target.name in FP8 and not source.is_fp8():
             return TensorHandle(round_fp8(src.data, FP8[target.name]), target)
-        if source.is_fp8() and target.is_bf16():  # bf16 can hold every fp8 value
-            wide = super().create_fp_to_fp(src, tl.float32, rounding_mode)
-            return TensorHandle(wide.data, tl.bfloat16)
+        if source.name in FP8 and not target.is_fp8():  # which can hold every fp8 value
+            wide = torch.from_numpy(np.array(src.data)).view(FP8[source.name]).float().numpy()
+            return TensorHandle(wide.astype(np_dtype(target)), target)
         if nearest and (source.is_bf16() or target.is_bf16()):
             return self.cast_impl(src, target)
         if source.is_bf16() or target.is_bf16():
@@ -190,7 +192,11 @@ def _sum(self: ReduceOps, input: tl.tensor) -> tl.tensor:
 
 
 def _reduce(self: ReduceOps, inputs: tuple[tl.tensor, ...]) -> Any:
-    """Reduce whole slices in pairs, with any function; the stock interpreter works by element."""
+    """Reduce whole slices with any function, the first half with the second, as a GPU's lanes do.
+
+    So a function that is not associative and commutative shows. The stock interpreter takes one
+    element after the other, which is slow, too.
+    """
     if self.combine_fn in (
         tl.standard._argmax_combine_tie_break_fast,
         tl.standard._argmin_combine_tie_break_fast,
@@ -203,7 +209,10 @@ def _reduce(self: ReduceOps, inputs: tuple[tl.tensor, ...]) -> Any:
         for x in inputs
     ]
     while len(arrays[0]) > 1:
-        pairs = zip([x[0::2] for x in arrays] + [x[1::2] for x in arrays], dtypes * 2, strict=True)
+        half = len(arrays[0]) // 2
+        pairs = zip(
+            [x[:half] for x in arrays] + [x[half:] for x in arrays], dtypes * 2, strict=True
+        )
         result = self.combine_fn.fn(*[self.to_tensor(x, dtype) for x, dtype in pairs])
         arrays = [x.handle.data for x in (result if isinstance(result, tuple) else (result,))]
     arrays = [x[0] for x in arrays]
@@ -213,10 +222,35 @@ def _reduce(self: ReduceOps, inputs: tuple[tl.tensor, ...]) -> Any:
     return [self.to_tensor(x, dtype) for x, dtype in zip(arrays, dtypes, strict=True)]
 
 
+def _scan(self: ScanOps, inputs: list[tl.tensor]) -> list[tl.tensor]:
+    """Scan whole slices with any function, in steps of 1, 2, 4, ..., as a GPU's lanes do.
+
+    So a function that is not associative shows. The stock interpreter takes one element after the
+    other, which is slow, too.
+    """
+    dtypes = [x.dtype for x in inputs]
+    arrays = [np.moveaxis(np.array(x.handle.data), self.axis, 0) for x in inputs]
+    length, step = len(arrays[0]), 1
+    first = np.arange(length).reshape(-1, *[1] * (arrays[0].ndim - 1))
+    while step < length:
+        before = [np.roll(x, step, 0) for x in arrays]  # of the first `step` lanes: unused
+        pairs = zip(before + arrays, dtypes * 2, strict=True)
+        result = self.combine_fn.fn(*[self.to_tensor(x, dtype) for x, dtype in pairs])
+        parts = result if isinstance(result, tuple) else (result,)
+        arrays = [
+            np.where(first < step, x, part.handle.data)
+            for x, part in zip(arrays, parts, strict=True)
+        ]
+        step *= 2
+    arrays = [np.ascontiguousarray(np.moveaxis(x, 0, self.axis)) for x in arrays]
+    return [self.to_tensor(x, dtype) for x, dtype in zip(arrays, dtypes, strict=True)]
+
+
 ARITHMETIC_PATCHES = [
     (interpreter, "_get_np_dtype", np_dtype),
     (interpreter, "_validate_np_data_size", _fits),
     (TensorHandle, "__post_init__", _round_new_handle),
     (ReduceOps, "sum", _sum),
     (ReduceOps, "generic_reduce", _reduce),
+    (ScanOps, "generic_scan", _scan),
 ]

@@ -36,8 +36,20 @@ from fastbert_kernels.checker.memory import Argument, Shadow
 from fastbert_kernels.checker.record import Fault, Launch, Record, Traffic
 from fastbert_kernels.checker.report import count
 
-VERBS = {"load": "loads", "store": "stores", "atomic": "atomically updates"}
-PAST = {"load": "loaded", "store": "stored", "atomic": "atomically updated"}
+VERBS = {
+    "load": "loads",
+    "volatile": "loads",
+    "store": "stores",
+    "atomic": "atomically updates",
+}
+PAST = {
+    "load": "loaded",
+    "volatile": "loaded",
+    "store": "stored",
+    "atomic": "atomically updated",
+}
+READS = ("load", "volatile")  # which store nothing
+MOST_PROGRAMS = (2**31 - 1, 65_535, 65_535)  # along x, y and z: CUDA refuses larger grids
 SPINS = 1_000  # updates of one element by one program in a row, after which it waits for ever
 LOADS = 10_000  # the same of loads, which a loop may repeat for other reasons
 _HERE = (str(Path(__file__).parent), str(Path(triton.__file__).parent))
@@ -165,18 +177,27 @@ class Builder(GpuArithmetic):
 
     def end(self) -> None:
         for argument in self.arguments.values():
-            argument.traffic.distinct_loaded = argument.distinct("load", "atomic")
+            argument.traffic.distinct_loaded = argument.distinct("load", "volatile", "atomic")
             argument.traffic.distinct_stored = argument.distinct("store", "atomic")
         self.arguments = {}
 
     def set_grid_dim(self, nx: int, ny: int, nz: int) -> None:
         super().set_grid_dim(int(nx), int(ny), int(nz))
         self.launch.grid = self.grid_dim
+        self.check_grid(self.grid_dim)
         self.programs = np.arange(nx * ny * nz)
         if isinstance(self.order, int):
             np.random.default_rng(self.order).shuffle(self.programs)
         elif self.order == "reversed":
             self.programs = self.programs[::-1]
+
+    def check_grid(self, grid: tuple[int, ...]) -> None:
+        """Report a grid that a GPU does not launch."""
+        self.grid_dim, self.program = grid, 1
+        for axis, programs, most in zip("xyz", grid, MOST_PROGRAMS, strict=True):
+            if programs > most:
+                what = f"{count(programs, 'program')} along {axis}; a GPU launches {most:,} at most"
+                self.fault("", "grid", [], f"has {what}", axis)
 
     def set_grid_idx(self, x: int, y: int, z: int) -> None:
         turn = (x * self.grid_dim[1] + y) * self.grid_dim[2] + z
@@ -243,7 +264,7 @@ class Builder(GpuArithmetic):
         lanes = None if lanes.all() else lanes
         index = index.ravel() if lanes is None else index[lanes]
         argument.traffic.loaded += index.size * argument.size if action != "store" else 0
-        argument.traffic.stored += index.size * argument.size if action != "load" else 0
+        argument.traffic.stored += index.size * argument.size if action not in READS else 0
         place = index + argument.origin if argument.origin else index
         if race := argument.shadow.claim(action, place, self.program, self.clocks):
             rival, owner, where = race
@@ -258,7 +279,7 @@ class Builder(GpuArithmetic):
         self._count_loads(argument, action, index)
         if argument.written is not None:
             self._follow_values(argument, action, place)
-        if action != "load" and argument.storage_address not in self.stored:
+        if action not in READS and argument.storage_address not in self.stored:
             self.stored.add(argument.storage_address)
             writer = argument.storage, self.launch.kernel, self.line()
             self.record.writers[argument.storage_address] = writer
@@ -267,9 +288,9 @@ class Builder(GpuArithmetic):
     def _count_loads(self, argument: Argument, action: str, index: np.ndarray) -> None:
         """A program that loads one element, and touches nothing else, waits for another one."""
         what = (self.program, argument.address + int(index[0])) if index.size == 1 else (0, 0)
-        again = action == "load" and what == self.loading and what != (0, 0)
+        again = action in READS and what == self.loading and what != (0, 0)
         self.loads = self.loads + 1 if again else 0
-        self.loading = what if action == "load" else (0, 0)
+        self.loading = what if action in READS else (0, 0)
         if self.loads > LOADS:
             self._deadlock(argument, index)
 
@@ -295,7 +316,7 @@ class Builder(GpuArithmetic):
                     f"{VERBS[action]} {count(int(missing.sum()), 'element')} "
                     "that nobody has written",
                 )
-        if action != "load":
+        if action not in READS:
             written[place] = True
 
     def _outside(self, argument: Argument, action: str, offsets: np.ndarray) -> None:
@@ -317,9 +338,10 @@ class Builder(GpuArithmetic):
         )
 
     # Versions of Triton pass other policies of caches, which change no result.
-    def create_masked_load(self, ptrs, mask, other, *_, **__):
+    def create_masked_load(self, ptrs, mask, other, *policies, **named):
         dtype, shape = ptrs.get_element_ty(), ptrs.data.shape
-        argument, index, lanes = self._touch(ptrs, mask, "load")
+        volatile = named.get("is_volatile", policies[-1] if policies else False)
+        argument, index, lanes = self._touch(ptrs, mask, "volatile" if volatile else "load")
         values = decode(argument.memory.take(index), dtype)
         if lanes is None:
             return TensorHandle(values.reshape(shape), dtype)
@@ -358,8 +380,13 @@ class Builder(GpuArithmetic):
             )
 
     def create_atomic_rmw(self, rmwOp, ptr, val, mask, sem, scope):
-        argument, index, lanes = self._touch(ptr, mask, "atomic")
         dtype, shape = ptr.get_element_ty(), ptr.data.shape
+        if val.data.size > ptr.data.size:
+            raise ValueError(
+                f"sanitize: an atomic update of {list(shape)} elements by values of shape "
+                f"{list(val.data.shape)}; give a pointer to each"
+            )
+        argument, index, lanes = self._touch(ptr, mask, "atomic")
         lanes = np.ones(shape, bool) if lanes is None else lanes
         values = np.array(np.broadcast_to(val.data, shape))
         if not dtype.is_bf16():

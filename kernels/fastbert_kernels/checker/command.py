@@ -62,7 +62,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
     finally:
         sys.path[:] = path  # without the file's folder, which may hold a module of a library's name
-    print(report.json() if options.json else report)
+    try:
+        print(report.json() if options.json else report, flush=True)
+    except OSError as error:  # a full disk, or a reader such as `head` that has ended
+        sys.stdout = open(os.devnull, "w")
+        print(f"error: the report cannot be written: {error.strerror}", file=sys.stderr)
+        return 2
     return 1 if report.faults else 0
 
 
@@ -168,7 +173,10 @@ def _shape(text: str) -> dict[str, int]:
     shape: dict[str, int] = {}
     for part in text.split(","):
         name, equals, value = part.partition("=")
-        if not equals or not value.strip().isdigit():
+        name = name.strip()
+        if not equals or not name.isidentifier() or not value.strip().isdecimal():
             raise InputError(f"--shapes {text}: {part!r} is not a size such as rows=3")
-        shape[name.strip()] = int(value)
+        if name in shape:
+            raise InputError(f"--shapes {text}: {name} has two sizes; give one")
+        shape[name] = int(value)
     return shape

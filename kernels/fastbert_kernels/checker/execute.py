@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -55,7 +56,7 @@ def draw(
         torch.manual_seed(SEED + number)
         try:
             given = make(dtype, **shape)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             what, line = what_and_where(error)
             place = f" ({line})" if line else ""
             raise ValueError(f"inputs fails at {dict(shape)}: {what}{place}") from error
@@ -92,16 +93,26 @@ def copy(inputs: Mapping[str, Any], dtype: torch.dtype | None = None) -> dict[st
 def by_a_rounding(
     inputs: Mapping[str, Any], dtype: torch.dtype = torch.float32, number: int = 0
 ) -> dict[str, Any]:
-    """Inputs whose floating-point numbers have each moved up or down by a rounding of a dtype."""
+    """Inputs whose floating-point numbers have each moved up or down by a rounding of a dtype.
+
+    Those of fp64 move by one of fp64.
+    """
     generator = torch.Generator().manual_seed(SEED + number)
 
     def moved(x: Any) -> Any:
         if not (isinstance(x, Tensor) and x.is_floating_point()):
             return x
         signs = torch.randint(0, 2, x.shape, generator=generator) * 2 - 1
-        return x.double() * (1 + signs * torch.finfo(dtype).eps)
+        eps = min(torch.finfo(dtype).eps, torch.finfo(x.dtype).eps if x.itemsize == 8 else 1.0)
+        return x.double() * (1 + signs * eps)
 
     return {name: moved(x) for name, x in inputs.items()}
+
+
+def coarsest(inputs: Mapping[str, Any], dtype: torch.dtype) -> torch.dtype:
+    """The dtype of a case, or fp64 if all floating-point inputs are of fp64."""
+    dtypes = {x.dtype for x in inputs.values() if isinstance(x, Tensor) and x.is_floating_point()}
+    return torch.float64 if dtypes == {torch.float64} else dtype
 
 
 def _last(x: Tensor) -> Any:
@@ -156,14 +167,14 @@ def run(
             outcome.outputs = tuple(named)
             leaves_by_name = {name: arguments[name] for name in leaves}
             named |= _gradients(named, leaves_by_name, rounding, contiguous)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             outcome.error = what_and_where(error)
             return outcome
         if outcome.record is not None:
             for name, x in named.items():
                 outcome.missing[name] = outcome.record.fresh.missing(x)
                 outcome.writers[name] = outcome.record.writer_of(x)
-    outcome.values = {name: x.detach().clone() for name, x in named.items()}
+    outcome.values = {name: _bits(x.detach()) for name, x in named.items()}
     outcome.changed = {
         name: arguments[name].detach().clone()
         for name, before in given.items()
@@ -174,6 +185,11 @@ def run(
             break
         outcome.writers.setdefault(name, outcome.record.writer_of(arguments[name]))
     return outcome
+
+
+def _bits(x: Tensor) -> Tensor:
+    """A copy, also of the bytes of a bool that are neither 0 nor 1, which `clone` replaces."""
+    return x.view(torch.uint8).clone().view(x.dtype) if x.dtype == torch.bool else x.clone()
 
 
 def launch_both_ways(
@@ -250,15 +266,20 @@ def same(a: Tensor, b: Tensor) -> bool:
 
 def what_and_where(error: BaseException) -> tuple[str, str]:
     """The last message of a chain of exceptions, and the line of the kernel or its launcher."""
+    libraries = tuple(str(Path(file).parent) for file in (__file__, torch.__file__, np.__file__))
+    frames = _frames(error, libraries)
     while error.__cause__ is not None:
         error = error.__cause__
-    ours = str(Path(__file__).parent)
-    frames = [
-        frame
-        for frame in traceback.extract_tb(error.__traceback__)
-        if "/triton/" not in frame.filename
-        and not frame.filename.startswith((ours, str(Path(torch.__file__).parent)))
-    ]
+        frames = _frames(error, libraries) or frames
     line = f"{'/'.join(Path(frames[-1].filename).parts[-2:])}:{frames[-1].lineno}" if frames else ""
     text = str(error).strip().splitlines()
     return f"{type(error).__name__}: {text[0] if text else ''}", line
+
+
+def _frames(error: BaseException, libraries: tuple[str, ...]) -> list[traceback.FrameSummary]:
+    """Where an exception came through, without Triton and these libraries."""
+    return [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if "/triton/" not in frame.filename and not frame.filename.startswith(libraries)
+    ]

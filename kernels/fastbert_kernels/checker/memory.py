@@ -13,9 +13,11 @@ from fastbert_kernels.checker.record import Traffic
 
 Array = NDArray[Any]
 
+# A volatile load is a relaxed atomic one (PTX ISA, ld.volatile).
 RIVALS = {
     "load": ("store", "atomic"),
-    "store": ("store", "load", "atomic"),
+    "volatile": ("store",),
+    "store": ("store", "load", "volatile", "atomic"),
     "atomic": ("store", "load"),
 }
 

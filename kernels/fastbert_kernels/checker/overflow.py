@@ -149,7 +149,7 @@ class _Addresses(Builder):
         }
         grid: Any = executor.grid(converted) if callable(executor.grid) else executor.grid
         grid = tuple(int(n) for n in (*grid, 1, 1)[:3])
-        self.grid_dim = grid
+        self.check_grid(grid)
         for index in _programs(grid):
             self.grid_idx, self.count = index, 0
             self.accesses.append((f"{self.launch.kernel} {index}", "", np.zeros(0), np.zeros(0)))
@@ -242,6 +242,18 @@ def overflows(checked: Any, shape: dict[str, Any], remarks: list[str]) -> list[F
                     smallest=shape,
                 )
             )
+    grids = [fault for fault in runs[0].record.faults if fault.kind == "grid"]
+    found += [
+        Finding(
+            *(fault.kind, fault.what),
+            kernel=fault.kernel,
+            line=fault.line,
+            shape=shape,
+            dtype=dtype,
+            smallest=shape,
+        )
+        for fault in grids
+    ]
     return list({finding.key: finding for finding in reversed(found)}.values())[::-1]
 
 

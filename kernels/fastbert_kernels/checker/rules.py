@@ -135,6 +135,7 @@ def sixteen_bit_accumulation(kernel: KernelSource) -> Iterator[Hit]:
             if language_call(other) == "store"
             and other.lineno < store.lineno
             and kernel.base(other.args[0]) == base
+            and not _in_other_branches(kernel, other, store)
         ]
         if locked or earlier or _in_a_loop_without(kernel, store, pointer):
             yield Hit(
@@ -199,6 +200,16 @@ def _adds_what_it_loads(kernel: KernelSource, pointer: ast.expr, value: ast.expr
         elif isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "to":
             stack.append((cast("ast.Attribute", node.func).value, below_a_sum))
     return added
+
+
+def _in_other_branches(kernel: KernelSource, one: ast.AST, other: ast.AST) -> bool:
+    """Whether the first is in the `if` and the second in the `else` of one condition."""
+    return any(
+        isinstance(node, ast.If)
+        and any(one is n for part in node.body for n in ast.walk(part))
+        and any(other is n for part in node.orelse for n in ast.walk(part))
+        for node in kernel.nodes
+    )
 
 
 def _in_a_loop_without(kernel: KernelSource, store: ast.Call, pointer: ast.expr) -> bool:
