@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 
 import fastbert
+from fastbert import storage
 from fastbert.data.batches import Batches
 from fastbert.data.mixture import source_of
 from fastbert.data.phases import Position
 from fastbert.recipe import load_config
+from fastbert.storage import Url
 from fastbert.tasks.export import model_card
 from fastbert.tasks.load import load
 from tests.mixed_runs import PHASES, newest, records, refusal, train, write
@@ -126,6 +128,10 @@ def test_what_a_branch_is_refused(recipe, two_sources, tmp_path):
         ("objective.segments=single", "objective.segments = 'single'"),
     ]:
         assert message in refusal(recipe, new, override, branch_from=at)
+    for phases in ("phase=[]", "phase=[{steps = 4}, {steps = 8}]"):
+        for limit in ("stop.steps=8", "stop.steps=4", "stop.tokens=100"):
+            message = f"{limit.replace('=', ' = ')} is reached there already, so no step is left"
+            assert message in refusal(recipe, new, phases, limit, branch_from=at)
     # The folder of the branch must be new.
     assert "holds a run with checkpoints" in refusal(recipe, branch_from=at)
 
@@ -138,3 +144,23 @@ def test_a_branch_from_python(two_sources, tmp_path):
     )
     assert result.exit_code == 0 and result.metrics["train"]["step"] == 6
     assert math.isfinite(result.metrics["heldout"]["loss"])
+
+
+def test_branches_from_and_into_a_bucket(two_sources, tmp_path, monkeypatch):
+    monkeypatch.setenv("FASTBERT_CACHE", str(tmp_path / "cache"))
+    recipe = write(tmp_path, two_sources)
+    train(recipe)
+    whole = [r for r in records(tmp_path / "run", None) if r["step"] > 8]
+    url = Url(f"memory://{tmp_path}/branch")
+    train(recipe, f"run={url}", "stop.steps=10", branch_from=f"{tmp_path / 'run'}@8")
+    (tmp_path / "run/checkpoints").rename(tmp_path / "gone")
+    train(recipe, f"run={url}", branch_from=f"{tmp_path / 'run'}@8", resume=True)
+    (tmp_path / "seen").mkdir()
+    (tmp_path / "seen/metrics.jsonl").write_bytes(storage.read(url / "metrics.jsonl"))
+    assert records(tmp_path / "seen", None) == whole
+    # And from the bucket to the disk.
+    train(recipe, f"run={tmp_path / 'back'}", branch_from=f"{url}@10")
+    assert records(tmp_path / "back", None) == whole[2:]
+    new = f"run={tmp_path / 'new'}"
+    assert "has no checkpoint of step 9" in refusal(recipe, new, branch_from=f"{url}@9")
+    assert "has no checkpoints" in refusal(recipe, new, branch_from=f"{url}x@9")

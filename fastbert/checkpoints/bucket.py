@@ -232,19 +232,38 @@ class Bucket:
         return self.url / CHECKPOINTS / attempt.name
 
 
-def fetch_model(url: Url) -> Path:
-    """Copy the newest valid checkpoint of a run to this machine, with the tokenizer.
-
-    Returns:
-        The folder of the checkpoint, which model_folder.open_model opens.
+def checkpoint_steps(url: Url) -> list[int]:
+    """Return the steps of a run's checkpoints, oldest first; none where there is no run.
 
     Raises:
-        InputError: there is no run with a valid checkpoint, or the store does not answer.
+        OSError, InputError: as storage.objects.
+    """
+    bucket = Bucket(url)
+    try:
+        return sorted({attempt.step for attempt in bucket.checkpoints()})
+    finally:
+        bucket.close()
+
+
+def fetch_checkpoint(url: Url, step: int | None = None) -> Checkpoint:
+    """Copy the newest valid checkpoint of a run to this machine, with the tokenizer.
+
+    Args:
+        url: of the run.
+        step: only a checkpoint of this step.
+
+    Returns:
+        The checkpoint; its folder is one that model_folder.open_model opens.
+
+    Raises:
+        InputError: there is no run with such a checkpoint, or the store does not answer.
     """
     bucket = Bucket(url)
     complaints: list[str] = []
     try:
         for attempt, there in bucket.checkpoints().items():
+            if step is not None and attempt.step != step:
+                continue
             manifest = bucket.read_manifest(attempt, there)
             problem = manifest if isinstance(manifest, str) else None
             if not isinstance(manifest, str):
@@ -252,7 +271,7 @@ def fetch_model(url: Url) -> Path:
                 for _ in copy:
                     pass
                 if (problem := copy.problem) is None:
-                    return copy.checkpoint.path
+                    return copy.checkpoint
             complaints.append(f"{url / CHECKPOINTS / attempt.name}: damaged: {problem}")
     except OSError as error:
         raise InputError(f"{error.filename or url}: {error.strerror or error}") from None

@@ -29,7 +29,7 @@ from fastbert.durable import unsealed
 from fastbert.errors import InputError
 from fastbert.presence import is_folder
 from fastbert.regular_file import read_bytes, read_text
-from fastbert.storage import Url, is_url
+from fastbert.storage import Url, place
 
 FORMATS = {module.FORMAT: module for module in (format_2, format_3)}
 
@@ -171,7 +171,8 @@ def open_dataset(path: str | Path, verify: bool = True) -> TokenDataset:
         InputError: no such folder, no manifest, another format, or a file that is missing, cut
             short or changed.
     """
-    path = fetch_dataset(Url(str(path))) if is_url(path) else Path(path)
+    at = place(path)
+    path = fetch_dataset(at) if isinstance(at, Url) else at
     again = "make it again with `fastbert prepare`"
     if not is_folder(path):
         raise InputError(

@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 
-from fastbert.checkpoints.bucket import fetch_model
+from fastbert.checkpoints.bucket import fetch_checkpoint
 from fastbert.checkpoints.model_folder import open_model
 from fastbert.checkpoints.weight_table import DECODER
 from fastbert.data.tokenizer import special_ids
 from fastbert.errors import InputError
 from fastbert.models.build import build_model
-from fastbert.storage import Url, is_url
+from fastbert.storage import Url, place
 from fastbert.tasks.pretrained import Pretrained
 
 # A fork has none of the threads that torch has started, and would wait for them forever. So a
@@ -35,7 +35,8 @@ def load(path: str | Path, device: str | None = None) -> Pretrained:
     Raises:
         InputError: something in the folder is missing or wrong; one line says what to do.
     """
-    parts = open_model(fetch_model(Url(str(path))) if is_url(path) else Path(path))
+    at = place(path)
+    parts = open_model(fetch_checkpoint(at).path if isinstance(at, Url) else at)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         kind = torch.device(device).type

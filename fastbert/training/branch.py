@@ -7,9 +7,9 @@ may change what comes after, but the model, its tokenizer and the datasets so fa
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from fastbert.checkpoints import checkpoint
+from fastbert.checkpoints.bucket import checkpoint_steps, fetch_checkpoint
 from fastbert.checkpoints.checkpoint import Checkpoint
 from fastbert.data.dataset import TokenDataset
 from fastbert.data.phases import Position, Timetable
@@ -17,13 +17,15 @@ from fastbert.data.streams import Streams
 from fastbert.errors import InputError
 from fastbert.presence import is_folder
 from fastbert.recipe import parse_config
+from fastbert.storage import Url, place
+from fastbert.training.rounds import answering
 from fastbert.training.train_state import TrainState
 
 ORIGIN = "origin"  # in the metadata of a branch's checkpoints: its `Position`
 
 
 def open_parent(branch_from: str, recipe: str) -> Checkpoint:
-    """Find and verify the checkpoint that a branch begins with.
+    """Find and verify the checkpoint that a branch begins with; one in a bucket is copied first.
 
     Args:
         branch_from: RUN@STEP.
@@ -33,21 +35,27 @@ def open_parent(branch_from: str, recipe: str) -> Checkpoint:
         InputError: there is no such run, or it has no valid checkpoint of this step.
     """
     name, at, step = branch_from.rpartition("@")
-    place = f"{recipe}: branch_from = {branch_from!r}"
+    where = f"{recipe}: branch_from = {branch_from!r}"
     if not at or not name or not step.isdecimal():
         raise InputError(
-            f"{place}; must be RUN@STEP, the folder of a run and the step of one of its "
+            f"{where}; must be RUN@STEP, the folder of a run and the step of one of its "
             "checkpoints, such as runs/base@900000"
         )
-    run = Path(name)
-    if not is_folder(run):
-        raise InputError(f"{place}: {run} is no folder; name that of a run")
-    steps = checkpoint.steps(run)
+    run = place(name)
+    with answering():
+        if isinstance(run, Url):
+            steps = checkpoint_steps(run)
+        elif is_folder(run):
+            steps = checkpoint.steps(run)
+        else:
+            raise InputError(f"{where}: {run} is no folder; name that of a run")
     if not steps:
-        raise InputError(f"{place}: {run} has no checkpoints; name the folder of a run with some")
+        raise InputError(f"{where}: {run} has no checkpoints; name the folder of a run with some")
     if int(step) not in steps:
         there = ", ".join(map(str, steps))
-        raise InputError(f"{place}: {run} has no checkpoint of step {step}; it has {there}")
+        raise InputError(f"{where}: {run} has no checkpoint of step {step}; it has {there}")
+    if isinstance(run, Url):
+        return fetch_checkpoint(run, int(step))
     return checkpoint.open_checkpoint(checkpoint.folder_of(run, int(step)))
 
 

@@ -7,9 +7,8 @@ dataset's.
 from __future__ import annotations
 
 from dataclasses import fields, replace
-from pathlib import Path
 
-from fastbert.checkpoints.bucket import fetch_model
+from fastbert.checkpoints.bucket import fetch_checkpoint
 from fastbert.checkpoints.model_folder import ModelParts, open_model
 from fastbert.checkpoints.weight_table import DECODER
 from fastbert.config import BertConfig, ModelConfig, RunConfig
@@ -18,7 +17,7 @@ from fastbert.data.tokenizer import load_tokenizer, same_tokens
 from fastbert.errors import InputError
 from fastbert.models.build import Model
 from fastbert.recipe import check_config
-from fastbert.storage import Url, is_url
+from fastbert.storage import Url, place
 
 # Weights with a row for each token.
 PER_TOKEN = ("embeddings.word", "mlm_head.vocabulary_bias", DECODER)
@@ -30,7 +29,8 @@ def open_initial(path: str) -> ModelParts:
     Raises:
         InputError: it cannot be opened, or it is a BERT whose decoder is not tied.
     """
-    parts = open_model(fetch_model(Url(path)) if is_url(path) else Path(path))
+    at = place(path)
+    parts = open_model(fetch_checkpoint(at).path if isinstance(at, Url) else at)
     if DECODER in parts.weights and isinstance(parts.config, BertConfig):
         raise InputError(
             f"{parts.path}: its decoder is not tied to the word embeddings; "

@@ -67,7 +67,7 @@ def _prepare(setup: Setup) -> str:
         else:
             step = start.checkpoint.step if start.checkpoint else 0
             token = start.bucket.claim(step).token
-            if start.checkpoint is None:
+            if start.checkpoint is None or start.branches:
                 start.bucket.remove_records()
         write_whole(start.run / "config.toml", dump_config(config).encode())
         (start.run / "tokenizer").mkdir(exist_ok=True)

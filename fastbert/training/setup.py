@@ -94,7 +94,8 @@ class Setup:
         first, end = timetable.first_step, max(self.state.step, timetable.first_step + 1)
         # A branch made no steps of the phases that were over when it began.
         own = [p for p in timetable.phases if p.first < end and (p.end is None or p.end > first)]
-        return max(self.trained_before, *(phase.config.batch.max_length for phase in own))
+        lengths = (phase.config.batch.max_length for phase in own)
+        return max([self.trained_before, *lengths])  # none where no step is left
 
     @property
     def heldout_now(self) -> list[HeldOutSource]:
@@ -163,9 +164,19 @@ def set_up(config: RunConfig, recipe: str, resume: bool, group: Group) -> Setup:
         start = open_bucket_run(config, recipe, datasets, resume, group)
     else:
         start = Start.load(group.broadcast(start.dump() if start else None))
+        if start.branches and is_url(config.branch_from or ""):
+            with group.raise_on_all_ranks():  # each machine has a copy of its own
+                parent = open_parent(config.branch_from or "", recipe)
+            start = replace(start, checkpoint=parent)
     with group.raise_on_all_ranks():
         batches = Batches(datasets, config, _origin(start, datasets))
         batches.check(group.world)
+        state, criteria = _state(start), StopCriteria(config, batches.steps_per_epoch)
+        if start.branches and (reason := criteria.reached(state)) is not None:
+            raise InputError(
+                f"{recipe}: branch_from = {config.branch_from!r}: {reason} is reached there "
+                "already, so no step is left; raise it"
+            )
         heldout = _heldout(config, batches)
         batches.open(start.checkpoint.step if start.checkpoint else 0)
     precision = resolve_precision(
@@ -209,6 +220,10 @@ def set_up(config: RunConfig, recipe: str, resume: bool, group: Group) -> Setup:
             "DeepSpeed's version": version("deepspeed"),
             f"runtime.kernels = {config.runtime.kernels!r} here means": model.impl,
             f"init = {config.init!r}: the weights": _digest(initial.weights) if initial else "",
+            # One of a bucket may have been saved again meanwhile.
+            f"branch_from = {config.branch_from!r}: the checkpoint": start.checkpoint.path.name
+            if start.checkpoint and start.branches
+            else "",
         },
     )
     found = start.checkpoint
@@ -227,8 +242,8 @@ def set_up(config: RunConfig, recipe: str, resume: bool, group: Group) -> Setup:
         precision=precision,
         at_once=at_once,
         model=model,
-        state=_state(start),
-        criteria=StopCriteria(config, batches.steps_per_epoch),
+        state=state,
+        criteria=criteria,
         trained_before=earlier,
         tokenizer_sha256=tokenizer_sha256(load_tokenizer(dataset.tokenizer_dir)),
     )
@@ -275,9 +290,8 @@ def _heldout(config: RunConfig, batches: Batches) -> dict[int, list[HeldOutSourc
 def _as_parent(config: RunConfig, recipe: str, resume: bool) -> RunConfig:
     """Return the recipe of a branch with the sizes of the model that it begins with."""
     assert config.branch_from is not None
-    resolved = Path(config.run) / "config.toml"
-    if resume and checkpoint.exists(Path(config.run)) and is_file(resolved):
-        model = load_config(resolved).model  # the other run may be gone
+    if resume and (before := _resolved_before(config.run)) is not None:
+        model = before.model  # the other run may be gone
     else:
         found = open_parent(config.branch_from, recipe)
         model = parse_config(found.metadata["recipe"], str(found.path)).model

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -152,8 +152,27 @@ def _open_bucket_run(
     complaints = group.broadcast(complaints)
     if complaints:
         raise _none_is_valid(complaints)
-    notes = [_from_the_beginning(config.run)] if resume else []
-    return Start(bucket.work, None, notes, bucket=bucket)
+    begin = _begin(config, recipe, datasets, resume, group)
+    return replace(begin, run=bucket.work, bucket=bucket)
+
+
+def _begin(
+    config: RunConfig,
+    recipe: str,
+    datasets: Sequence[TokenDataset],
+    resume: bool,
+    group: Group,
+) -> Start:
+    """Where a run in a bucket begins that has no checkpoint of its own."""
+    start = config.branch_from or "the beginning"
+    notes = [_from_the_beginning(config.run, start)] if resume else []
+    if config.branch_from is None:
+        return Start(Path(), None, notes)
+    with group.raise_on_all_ranks():
+        parent = open_parent(config.branch_from, recipe)  # there may be no common disk
+        if group.is_main:
+            notes += check_same_run(config, recipe, datasets, parent, branches=True)
+    return Start(Path(), parent, notes, branches=True)
 
 
 def open_run(
