@@ -25,7 +25,7 @@ $(call heading,Done. What is there to see:)
 @echo "  held-out loss          $(1)/evaluate.txt"
 @echo "  filled-in sentences    $(1)/samples.txt"
 @echo "  model for transformers $(1)/export"
-@echo "To start afresh: rm -r $(1)"
+@echo "To start over: rm -r $(1)"
 endef
 
 .PHONY: help install demo library test test-all torture mutants check docs bench bench-check bench-step bench-quality bench-downstream speedrun gpu clean

@@ -5,8 +5,8 @@
 Memory. A real engine takes three steps; the third is measured. On a GPU torch itself counts
 (`torch.cuda.max_memory_allocated`). On a CPU the count is the tensors that exist before the step,
 plus every allocation during the step as recorded by torch's profiler. The profiler runs from the
-start, because it must know what is released; releases by gloo's threads are invisible to it, hence
-the separate count of tensors. Weights, master weights and moments are those that the engine holds.
+start, because it must know what is released; it does not see releases by gloo's threads, so the
+tensors are counted apart. Weights, master weights and moments are those that the engine holds.
 Activations are the storages that autograd keeps of a forward pass, without weights and the batch.
 The rest of the peak is compared with the sum of gradients, temporaries and buckets. CUDA's context
 is not a tensor, so neither side includes it. The cases of two ranks are started by torchrun; the

@@ -56,8 +56,8 @@ def small_blocks(text: Path, out: Path) -> TokenDataset:
 def recipes(dataset: TokenDataset) -> dict[str, RunConfig]:
     """The demo's recipe with each order.
 
-    `order.window` counts blocks as if they were full: so many make a window, however small they
-    are.
+    `order.window` counts blocks as if they were full: a window is a fixed number of blocks, however
+    small they are.
     """
     count = len(dataset.blocks["train"])
     return {

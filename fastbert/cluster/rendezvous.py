@@ -53,7 +53,7 @@ POLL_S = (0.01, 0.25)
 # A process that sees only forged registrations of a rank for this long concludes that the rank
 # has another key.
 DOUBT_S = 5.0
-# When no forged registration has come for this long, whoever wrote them has gone.
+# When no forged registration has come for this long, their writer has gone.
 QUIET_S = 2.0
 
 

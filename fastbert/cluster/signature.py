@@ -30,7 +30,7 @@ from fastbert.errors import InputError
 
 VARIABLE = "FASTBERT_RENDEZVOUS_KEY"
 FOLDER, FILE = ".fastbert", "rendezvous.key"  # in the home directory
-# Shortest key, in characters. Whoever reads a signed value could find a shorter key by trial.
+# Shortest key, in characters. A reader of a signed value could find a shorter key by trial.
 LEAST = 32
 MOST = 4096  # bytes of the file that are read
 SIGNATURE = 64  # characters, in hexadecimal

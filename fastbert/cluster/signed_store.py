@@ -1,9 +1,9 @@
 """A part of a store in which every value is signed.
 
-The processes of a run exchange values there. Whoever reaches a store may read, write and delete in
-it. A value that was not signed with the run's key for its own place is never parsed. It is FORGED,
-and callers treat it as absent or as uninformative. Values are JSON. Control characters in text are
-escaped when it is read, since most of it ends up on a terminal.
+The processes of a run exchange values there. Any process that reaches a store may read, write and
+delete in it. A value that was not signed with the run's key for its own place is never parsed. It
+is FORGED, and callers treat it as absent or as uninformative. Values are JSON. Control characters
+in text are escaped when it is read, since most of it ends up on a terminal.
 """
 
 from __future__ import annotations

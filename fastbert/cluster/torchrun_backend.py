@@ -2,7 +2,7 @@
 listening on one interface.
 
 - Its store listens on HOST's address alone. torch's listens on every interface of the machine, and
-  whoever reaches a store can end the run.
+  any process that reaches a store can end the run.
 - Rank 0's worker makes the workers' store, and listens in the same way. Otherwise the agent would
   make it: TORCH_DISABLE_SHARE_RDZV_TCP_STORE.
 - A lost node is noticed after 10 seconds instead of 15, and the remaining nodes wait 10 seconds for
@@ -14,8 +14,9 @@ listening on one interface.
 - A node is known by the address from which it reaches HOST. torch uses the host's name instead,
   which often means 127.0.1.1.
 - Everything that agents read from the store is signed with the run's key (signature.py). torch
-  unpickles one value, the state of the rendezvous (torchrun_state.py). Without a signature, whoever
-  reaches the port runs code here. The other values are text, JSON and counts (torchrun_rounds.py).
+  unpickles one value, the state of the rendezvous (torchrun_state.py). Without a signature, a
+  stranger who reaches the port runs code here. The other values are text, JSON and counts
+  (torchrun_rounds.py).
 
 torchrun imports this module at every start, whichever backend is asked for. So heavy modules are
 imported when they are used.

@@ -4,8 +4,8 @@ A round begins when the nodes have met, and ends when one is lost or a new one c
 agents publish where the workers' store will be (MASTER_ADDR, MASTER_PORT), how many workers each
 has (torchelastic/role_info/N, JSON) and which ranks these get (torchelastic/assigned_ranks/N,
 JSON). A barrier counts the agents whose workers have finished. torch unpickles none of this. But
-the names are predictable: whoever could write there now would send the workers of a later round to
-a store of his own.
+the names are predictable: a stranger who could write there now would send the workers of a later
+round to a store of his own.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The state of torchrun's rendezvous, signed.
 
-torch unpickles the state, so whoever may write it may run code on every node.
+torch unpickles the state, so a process that may write it may run code on every node.
 
 The state lists the participants. All agents read and write it under one key of the endpoint's
 store, and a write succeeds only where nobody else has written meanwhile. Here each state is signed

@@ -138,7 +138,7 @@ class Batches:
         return self._packer_of(step).stream.draw(np.arange(begin, end))
 
     def facts(self, step: int, spans: Spans, ranks: int, at_once: int = 1) -> Facts:
-        """Return what the packs of these examples depend on, shared by so many ranks."""
+        """Return what the packs of these examples depend on, shared by `world` ranks."""
         bins = share_out(spans.lengths, ranks * at_once, self._limit(step, at_once))
         return Facts(*self._packer_of(step).totals(spans), len(bins) // ranks)
 

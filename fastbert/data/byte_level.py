@@ -4,7 +4,7 @@ The same texts always give the same vocabulary, on any number of threads. At eac
 merges the most frequent pair of tokens, and among equally frequent ones that of the smallest ids.
 All bytes have their ids beforehand, so this is a strict order as long as a pair is queued once.
 It is: a merge is applied to every place where its pair stands, so two places of the same characters
-are divided in the same way unless a token reaches across their ends. Hence no token is ever made of
+are divided in the same way unless a token reaches across their ends. So no token is ever made of
 two different pairs, and all places of a pair come into being at one step.
 """
 

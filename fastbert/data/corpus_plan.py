@@ -111,7 +111,7 @@ class Plan:
 
         Args:
             ids: bytes of the ids of the whole text.
-            longest: a stretch is at most so many bytes long.
+            longest: the most bytes of a stretch.
         """
         sizes = self._sizes * (ids / max(self.size, 1))
         return float((sizes * np.minimum(sizes, longest)).sum() / max(sizes.sum(), 1.0))

@@ -120,8 +120,8 @@ class TokenDataset:
         """Check every byte of the dataset; see verify.py.
 
         Args:
-            window: where the text to train on is larger than a window of so many bytes, it is left
-                to those who open its windows; see window_order.py.
+            window: in bytes. Text to train on that is larger is left to those who open its windows;
+                see window_order.py.
 
         Yields:
             From time to time, the bytes checked so far and the bytes in all.

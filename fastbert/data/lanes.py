@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-# A rank draws the examples of at most so many ranks, at about 2 us an example.
+# A rank draws the examples of at most this many ranks, at about 2 us an example.
 MOST_RANKS = 64
 
 

@@ -324,7 +324,7 @@ class _Run:
 
 
 def processes(options: Options, size: int, tasks: int) -> int:
-    """Return how many processes run so many tasks for a text of `size` bytes."""
+    """Return how many processes run a number of tasks for a text of `size` bytes."""
     workers = options.workers
     most = usable_cores() * (MOST_PER_CORE if workers else 1)
     return max(min(workers or 1 + size // BYTES_PER_WORKER, most, tasks), 1)

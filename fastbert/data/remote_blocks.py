@@ -2,7 +2,8 @@
 
 The copy of the dataset has every shard as a file of the right size, which takes no space where
 nothing was fetched. The file `fetched` beside them has a byte for each block: 1 where the block is
-there. Whoever fetches a block holds a lock on its byte, so the ranks of a machine share the work.
+there. The process that fetches a block holds a lock on its byte, so the ranks of a machine share
+the work.
 """
 
 from __future__ import annotations

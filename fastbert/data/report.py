@@ -160,7 +160,7 @@ class DuplicateEstimator:
 
     @staticmethod
     def bits_for(items: int, most: int = _HASHES) -> int:
-        """Return how many bits leave at most `most` of so many distinct items, on average."""
+        """Return how many bits leave at most `most` of `items` distinct hashes, on average."""
         return max((max(items, 1) - 1) // most, 0).bit_length()
 
     def add(self, hashes: np.ndarray, bits: int = 0) -> None:

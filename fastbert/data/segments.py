@@ -126,7 +126,7 @@ def _lay_out_parquet(file: File, opened: BufferedReader) -> File:
         metadata = pyarrow.parquet.ParquetFile(opened).metadata
         sizes = [metadata.row_group(i).total_byte_size or 1 for i in range(metadata.num_row_groups)]
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError):
-        return file  # whoever reads it says what is wrong
+        return file  # reading it says what is wrong
     if len(sizes) < 2:
         return file
     ends = [file.size * end // sum(sizes) for end in accumulate(sizes)]

@@ -275,7 +275,7 @@ def _saved_to_disk(folder: Place) -> list[str] | None:
     if indices:
         raise InputError(
             f"{folder}: its rows are chosen by a file of indices, as old releases of datasets "
-            f"wrote them; write it anew in Python: datasets.load_from_disk({str(folder)!r})"
+            f"wrote them; write it again in Python: datasets.load_from_disk({str(folder)!r})"
             ".flatten_indices().save_to_disk(...)"
         )
     return names

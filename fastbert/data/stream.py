@@ -43,7 +43,7 @@ class SourceStream(Stream, Protocol):
 
 
 class Epochs:
-    """The examples of one split, shuffled anew in each epoch.
+    """The examples of one split, reshuffled in each epoch.
 
     Example number i is example i % n of epoch i // n.
     """

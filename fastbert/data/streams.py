@@ -15,7 +15,7 @@ from fastbert.data.window_order import open_stream
 from fastbert.errors import InputError
 
 # Examples of a source whose mean length is taken for that of all. With a standard deviation of a
-# third of the mean, the mean of so many has one of 0.3 %.
+# third of the mean, the mean of this many has one of 0.3 %.
 SAMPLE = 16_384
 RATE_UNIT = BLOCK * SAMPLE  # `Streams.rate` counts tokens in parts of this size, in whole numbers
 

@@ -25,7 +25,7 @@ PIECE_BYTES = 1 << 20
 # A longer line or document means that the file has another format than stated. It would also need
 # too much memory.
 LONGEST_TEXT_BYTES = 64 << 20
-# So many bytes of a zstd file are unpacked at a time. Four bytes can hold a block of 128 KiB.
+# Bytes of a zstd file that are unpacked at a time. Four bytes can hold a block of 128 KiB.
 _FED_BYTES = 1 << 10
 
 

@@ -91,7 +91,7 @@ class TrainState:
         self.skipped_in_a_row += 1
 
     def forget_best(self) -> None:
-        """Begin to look for the lowest held-out loss anew, since another text is held out."""
+        """Forget the lowest held-out loss, since another text is held out."""
         self.heldout_loss, self.best_loss, self.evals_since_best = None, None, 0
 
     def update_best(self, heldout_loss: float, min_delta: float) -> None:

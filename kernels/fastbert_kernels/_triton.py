@@ -58,7 +58,7 @@ def takes_cpu_tensors() -> bool:
         return True
     try:
         return driver.active.get_active_torch_device().type == "cpu"
-    except RuntimeError:  # no GPU, hence no active driver
+    except RuntimeError:  # no GPU, so no active driver
         return False
 
 

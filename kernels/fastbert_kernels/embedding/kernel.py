@@ -12,7 +12,7 @@ ModernBERT has neither positions nor token types here: both tables may be left o
 
 Saved: the indices, and mean and rstd of each row; the rows are looked up again. Tiles, chunks and
 shares are those of `norm/kernel.py`. An index outside its table reads nothing and makes its token's
-mean NaN, hence y, and in the backward pass every sum it is part of.
+mean NaN, and so y, and in the backward pass every sum it is part of.
 
 The gradients of the tables are computed without atomics, so they are deterministic. For this the
 three tables count as one, words above positions above token types, of which every token uses three

@@ -29,7 +29,7 @@ little else, and these only cancel if they are the same.
 
 Where the time goes. At D = 768 the matrix units of sm_90 need 12,288 cycles for a tile of
 128 x 256. Its accumulator takes half of all registers, so the matrix units wait while a tile ends;
-the exponentials alone take 2,048 cycles. Hence, with cycles as counted in the machine code:
+the exponentials alone take 2,048 cycles. So, with cycles as counted in the machine code:
 
 - The loops over tiles and over D are flattened into one, which requests the next tile's operands
   before a tile ends.
