@@ -10,45 +10,33 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import errno
-import faulthandler
-import io
 import math
 import os
-import re
 import shlex
 import sys
 import tempfile
-import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
 
-from fastbert import __version__, strict_json
+from fastbert import __version__, command_line
+from fastbert.command_line import DONE, FAILED, say
 from fastbert.data.sources import FORMATS
-from fastbert.errors import Diverged, InputError
-from fastbert.heap import keep_heap
-from fastbert.out_of_memory import shortage
+from fastbert.errors import InputError
+from fastbert.printing import (
+    console,
+    format_hours,
+    format_percent,
+    print_json,
+    print_table,
+    print_text,
+)
 from fastbert.storage import Url, is_url, place
-from fastbert.terminal import is_terminal, safe, tell
+from fastbert.terminal import is_terminal, safe
 
-DONE, FAILED, BAD_INPUT = 0, 1, 2
-TAKES_ANY_TEXT = ("fill-mask", "nsp")  # the arguments of these commands may be empty
 EVALUATE_S = 600.0  # how long the ranks of `evaluate` wait for each other
-
-# Errors of the system that come from the user's disk or permissions, not from a bug.
-SYSTEM_ERRORS = {
-    errno.ENOSPC,
-    errno.EDQUOT,
-    errno.EFBIG,
-    errno.EACCES,
-    errno.EPERM,
-    errno.EROFS,
-    errno.ENAMETOOLONG,
-    errno.ENOTDIR,
-}
 
 app = typer.Typer(
     add_completion=False,
@@ -95,106 +83,13 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instea
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and exit with its code."""
-    keep_heap()
-    _open_streams()
-    # A mapped file that is truncated while it is read kills the process; this shows where.
-    faulthandler.enable(all_threads=False)
-    # Otherwise a broken connection prints a page of C++ frames before our own line.
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    command_line.set_up()
     sys.exit(run(sys.argv[1:] if arguments is None else arguments))
-
-
-def _open_streams() -> None:
-    """Make sure that stdin, stdout and stderr are there, and take any letter.
-
-    Where a shell has closed one (`2>&-`), the next file that the process opens would get its
-    number, and every line for the terminal would be written into that file.
-    """
-    for number, name in enumerate(("stdin", "stdout", "stderr")):
-        try:
-            os.fstat(number)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free
-        if getattr(sys, name) is None:
-            mode = "r" if name == "stdin" else "w"
-            setattr(sys, name, open(number, mode, encoding="utf-8", closefd=False))
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
-
-
-def _why_not_text(argument: str) -> str:
-    try:
-        os.fsencode(argument).decode("utf-8")
-    except UnicodeDecodeError:
-        return "is not UTF-8; give text and names in UTF-8"
-    encoding = sys.getfilesystemencoding()
-    return f"is UTF-8, but Python reads it as {encoding} here; set PYTHONUTF8=1 or a UTF-8 locale"
-
-
-def _check_not_empty(arguments: Sequence[str]) -> None:
-    """Raise InputError for an empty argument, which as a path would mean the current folder."""
-    for before, argument in zip(["", *arguments], arguments, strict=False):
-        if not argument or re.fullmatch("--[a-z-]+=", argument):
-            place = before if argument == "" else argument
-            raise InputError(
-                f"the argument after {place!r} is empty, as where a shell variable is not set"
-            )
-
-
-_OPTION_AT_HOME = re.compile("^(--[a-z-]+=)(~.*)")
-
-
-def _expand(option: re.Match[str]) -> str:
-    return option[1] + os.path.expanduser(option[2])
 
 
 def run(arguments: Sequence[str]) -> int:
     """Run the command line; returns the exit code."""
-    warnings.showwarning = _show_warning
-    try:
-        # Where it is gone, oneMKL ends the process when torch loads it, with a line of its own.
-        os.getcwd()
-    except FileNotFoundError:
-        return _say("the current folder was deleted; change to another one", BAD_INPUT)
-    try:
-        for argument in arguments:
-            # Python decodes bytes that are not UTF-8 to these surrogates.
-            if any("\udc80" <= c <= "\udcff" for c in argument):
-                raise InputError(f"argument {argument!r} {_why_not_text(argument)}")
-        if arguments and arguments[0] not in TAKES_ANY_TEXT:
-            _check_not_empty(arguments)
-        # A shell expands "~" at the beginning of a word, and not in --out=~/x.
-        arguments = [_OPTION_AT_HOME.sub(_expand, argument) for argument in arguments]
-        # Without standalone mode typer returns the command's result, or the code of typer.Exit.
-        result = app(
-            args=list(arguments) or ["--help"], prog_name="fastbert", standalone_mode=False
-        )
-        return result if isinstance(result, int) else DONE
-    except InputError as error:
-        return _say(error, BAD_INPUT)
-    except Diverged as error:
-        return _say(error, FAILED)
-    except OSError as error:
-        if error.errno not in SYSTEM_ERRORS:
-            raise
-        # Files that are written are named; see `durable.named`.
-        place = error.filename or "standard output"
-        return _say(f"{place}: {error.strerror}; free disk space or choose another path", BAD_INPUT)
-    except KeyboardInterrupt:
-        return _say("interrupted", 130)
-    except Exception as error:
-        if lacking := shortage(error):
-            return _say(f"{lacking}; use smaller batches, shorter texts or a smaller model", FAILED)
-        # Typer's usage errors have a private class, which older releases take from click.
-        message, context = getattr(error, "format_message", None), getattr(error, "ctx", None)
-        if message is None:
-            raise
-        return _say(
-            f"{' '.join(message().split()).rstrip('.')}; "
-            f"see {context.command_path if context else 'fastbert'} --help",
-            BAD_INPUT,
-        )
+    return command_line.run(app, arguments)
 
 
 def _version(wanted: bool) -> None:
@@ -356,27 +251,27 @@ def prepare(
             local = Path(folder) / at.name if isinstance(at, Url) else at
             found = preparing.estimate(sources, local, **options)
         if as_json:
-            return _print_json(dataclasses.asdict(found))
-        return _print_table("an estimate", ("", ""), preparing.describe(found))
+            return print_json(dataclasses.asdict(found))
+        return print_table("an estimate", ("", ""), preparing.describe(found))
     if task is not None:
         if isinstance(at, Url):
             raise InputError(
                 f"--task {task}: --out {out} is a URL; tasks share a folder, which is uploaded "
                 "when it is complete"
             )
-        _print(prepare_share(sources, at, task, **options))
+        print_text(prepare_share(sources, at, task, **options))
         return
-    upload = uploading(at, sources, options) if isinstance(at, Url) else None
-    with upload or contextlib.nullcontext(at) as made:
+    upload = uploading(at, sources, options) if isinstance(at, Url) else contextlib.nullcontext(at)
+    with upload as made:
         report = prepare(sources, made, **options)
     if as_json:
         print(report.json(), end="")
         return
-    _console().print(report.table())
+    console().print(report.table())
     # An absolute path, so that the command works from any directory.
     data = shlex.quote(str(at if isinstance(at, Url) else at.absolute()))
     recipe = shlex.quote(f"{at.name}.toml")
-    _print(f"{out}: ready; next: fastbert init {data} --minutes 30 --out {recipe}")
+    print_text(f"{out}: ready; next: fastbert init {data} --minutes 30 --out {recipe}")
 
 
 @app.command(epilog="Example: fastbert init data/wiki --minutes 30 --out wiki.toml")
@@ -399,15 +294,15 @@ def init(
     from fastbert.planning.new_recipe import new_recipe
 
     made = new_recipe(data, minutes, out)
-    _print_table(f"{data} in {minutes:g} minutes on this machine", ("", ""), made.choice)
-    _print_table(
+    print_table(f"{data} in {minutes:g} minutes on this machine", ("", ""), made.choice)
+    print_table(
         "the packaged recipes with this text, here",
         ("recipe", "hours"),
-        [(name, _hours(hours)) for name, hours in made.hours.items()],
+        [(name, format_hours(hours)) for name, hours in made.hours.items()],
     )
     for note in made.notes:
-        _print(f"- {note}")
-    _print(f"{out}: ready; next: fastbert pretrain {shlex.quote(str(out))}")
+        print_text(f"- {note}")
+    print_text(f"{out}: ready; next: fastbert pretrain {shlex.quote(str(out))}")
 
 
 @app.command(
@@ -460,7 +355,7 @@ def recipes(
         firsts = {
             n: path.read_text(encoding="utf-8").partition("\n")[0] for n, path in files.items()
         }
-        return _print_table("", ("", ""), [(n, line.lstrip("# ")) for n, line in firsts.items()])
+        return print_table("", ("", ""), [(n, line.lstrip("# ")) for n, line in firsts.items()])
     file = {**files, DEEPSPEED.name: DEEPSPEED}.get(name.removesuffix(".toml"))
     if file is None:
         known = ", ".join([*files, DEEPSPEED.name])
@@ -476,7 +371,7 @@ def recipes(
         raise InputError(f"{out}: exists already; remove it or choose another --out") from None
     except OSError as error:
         raise InputError(f"{out}: cannot be written: {error.strerror}") from None
-    _print(f"{out}: a copy of {file.name}")
+    print_text(f"{out}: a copy of {file.name}")
 
 
 @app.command(epilog="Example: fastbert evaluate runs/base")
@@ -511,9 +406,9 @@ def evaluate(
             if group is not None and not group.is_main:
                 return DONE
     except RankLost as end:
-        return _say(end, FAILED)
+        return say(end, FAILED)
     if as_json:
-        _print_json(
+        print_json(
             {**result.flat(), "model": str(opened.path), "step": opened.metadata.get("step")}
         )
         return DONE
@@ -535,8 +430,8 @@ def evaluate(
             prefix + name,
             f"{f.count:,}",
             f"{f.loss:.3f}",
-            _percent(f.accuracy),
-            _percent(f.accuracy_of_5),
+            format_percent(f.accuracy),
+            format_percent(f.accuracy_of_5),
             f"{f.unigram:.3f}",
             f"{f.left_bigram:.3f}",
         )
@@ -549,7 +444,7 @@ def evaluate(
                 "next sentence",
                 f"{pairs.count:,}",
                 f"{pairs.loss:.3f}",
-                _percent(pairs.accuracy),
+                format_percent(pairs.accuracy),
                 "",
                 f"{math.log(2):.3f}",
                 "",
@@ -571,9 +466,9 @@ def evaluate(
         "frequencies alone",
         "left neighbour",
     )
-    _print_table(title, columns, cells)
+    print_table(title, columns, cells)
     if (shown := result.by_corruption.get(MASKED)) is not None:
-        _print(f"where [MASK] shows: {compare(shown.loss, result.baselines)}")
+        print_text(f"where [MASK] shows: {compare(shown.loss, result.baselines)}")
     return DONE
 
 
@@ -608,13 +503,13 @@ def export(
     try:
         result = export(load(model, "cpu"), out, text, encoder)
     except ExportError as error:
-        return _say(error, FAILED)
+        return say(error, FAILED)
     if as_json:
-        _print_json(dataclasses.asdict(result))
+        print_json(dataclasses.asdict(result))
     else:
-        _print(f"{result.out}: {result.architecture}, loaded by transformers without complaint")
+        print_text(f"{result.out}: {result.architecture}, loaded by transformers without complaint")
         what = "pooled values" if encoder else "logits"
-        _print(
+        print_text(
             f"largest difference of {result.compared:,} {what}: {result.difference:.1e}; "
             f"of every layer: {result.hidden_difference:.1e}"
         )
@@ -639,7 +534,7 @@ def fill_mask(
 
     masks = load(model).fill_mask(text, k)
     if as_json:
-        return _print_json(
+        return print_json(
             {
                 "text": text,
                 "masks": [
@@ -647,10 +542,10 @@ def fill_mask(
                 ],
             }
         )
-    _print(text)
+    print_text(text)
     for i, best in enumerate(masks, 1):
         title = f"[MASK] {i} of {len(masks)}" if len(masks) > 1 else ""
-        _print_table(
+        print_table(
             title, ("token", "probability"), [(token, f"{100 * p:.1f} %") for token, p in best]
         )
 
@@ -667,8 +562,8 @@ def nsp(
 
     probability = load(model).next_sentence(first, second)
     if as_json:
-        return _print_json({"first": first, "second": second, "probability": probability})
-    _print(f"A  {first}\nB  {second}\n   {100 * probability:.1f} % that B follows A")
+        return print_json({"first": first, "second": second, "probability": probability})
+    print_text(f"A  {first}\nB  {second}\n   {100 * probability:.1f} % that B follows A")
 
 
 @app.command(epilog="Example: fastbert embed runs/base texts.txt --pool mean --out texts.npy")
@@ -741,8 +636,8 @@ def embed(
             "layer": layers,
             "normalize": opened.vectors.normalize if normalize is None else normalize,
         }
-        return _print_json({"out": str(out), "rows": rows, "hidden_size": size, **settings})
-    _print(f"{out}: {rows:,} x {size}, float32")
+        return print_json({"out": str(out), "rows": rows, "hidden_size": size, **settings})
+    print_text(f"{out}: {rows:,} x {size}, float32")
 
 
 @app.command(
@@ -846,7 +741,7 @@ def finetune(
 
     result = finetune(load(model), training, test, out, settings, report=report, follow=_follow)
     if as_json:
-        return _print_json(dataclasses.asdict(result))
+        return print_json(dataclasses.asdict(result))
     spread = f" over {seeds} seeds" if seeds > 1 else ""
     rows = [
         (name, f"{s.mean:.4f}", f"{s.std:.4f}" if seeds > 1 else "")
@@ -854,13 +749,13 @@ def finetune(
     ]
     if result.majority is not None:
         rows.append(("accuracy of the most frequent label", f"{result.majority:.4f}", ""))
-    _print_table(
+    print_table(
         f"{evaluation}: {len(test):,} examples{spread}",
         ("", "mean" if spread else "", "std" if spread else ""),
         rows,
     )
     if out is not None:
-        _print(
+        print_text(
             f"{out}: BertForSequenceClassification"
             + (", confusion.png" if (out / "confusion.png").exists() else "")
         )
@@ -883,7 +778,7 @@ def report(
     """Write one HTML page on a run: curves, time spent, held-out results, samples, recipe."""
     from fastbert.tasks.run_report import report
 
-    _print(f"{report(run, out, sequences)}: open it in a browser")
+    print_text(f"{report(run, out, sequences)}: open it in a browser")
 
 
 @app.command(epilog="Example: fastbert doctor")
@@ -893,10 +788,10 @@ def doctor(as_json: Json = False) -> None:
 
     found = diagnose()
     if as_json:
-        return _print_json(dataclasses.asdict(found))
-    _print_table("this machine", ("", ""), describe(found))
+        return print_json(dataclasses.asdict(found))
+    print_table("this machine", ("", ""), describe(found))
     for line in found.advice or ["nothing is missing"]:
-        _print(f"- {line}")
+        print_text(f"- {line}")
 
 
 @app.command(epilog="Example: fastbert plan base --gpus 64 --gpu h100")
@@ -958,14 +853,14 @@ def plan(
         device=this_machine() if on_cpu else None,
     )
     if as_json:
-        return _print_json(dataclasses.asdict(p))
-    _print_table(
+        return print_json(dataclasses.asdict(p))
+    print_table(
         f"{p.gpus} x {p.gpu}, {p.precision}, ZeRO stage {p.zero_stage}: an estimate",
         ("", ""),
         describe(p),
     )
     for line in p.assumptions:
-        _print(f"- assumed: {line}")
+        print_text(f"- assumed: {line}")
 
 
 def _follow(batches: Iterable, name: str) -> Iterable:
@@ -976,76 +871,3 @@ def _follow(batches: Iterable, name: str) -> Iterable:
     from rich.progress import track
 
     return track(list(batches), name, console=Console(stderr=True), transient=True)
-
-
-def _hours(hours: float | None) -> str:
-    if hours is None:
-        return "unknown"
-    return f"{hours:,.0f}" if hours >= 10 else f"{hours:.2g}"
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f} %"
-
-
-def _say(message: object, code: int) -> int:
-    """Print the message as one line on stderr, once per machine; returns the exit code."""
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        tell(message)
-    return code
-
-
-def _show_warning(
-    message: Warning | str,
-    category: type[Warning],
-    filename: str,
-    lineno: int,
-    file: Any = None,
-    line: str | None = None,
-) -> None:
-    """Show our own warnings as one line, and those of libraries as Python does."""
-    if category.__module__.startswith("fastbert"):
-        tell(message)
-    else:
-        sys.stderr.write(warnings.formatwarning(message, category, filename, lineno, line))
-
-
-def _print_json(value: Any) -> None:
-    # In another encoding than UTF-8 a letter outside of it would have no way to be written.
-    plain = not _encoding().lower().replace("-", "").startswith("utf")
-    print(strict_json.dumps(value, ensure_ascii=plain, indent=2))
-
-
-def _print(text: str) -> None:
-    print(safe(text, _encoding()))
-
-
-def _encoding() -> str:
-    return getattr(sys.stdout, "encoding", None) or "utf-8"
-
-
-def _print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(
-        title=Text(safe(title, _encoding())) if title else None,
-        box=box.SIMPLE,
-        show_header=any(columns),
-        title_justify="left",
-        title_style="bold",
-    )
-    for column in columns:
-        table.add_column(column)
-    for row in rows:
-        # Text: "[MASK]" is no markup
-        table.add_row(*(Text(safe(cell, _encoding())) for cell in row))
-    _console().print(table)
-
-
-def _console() -> Any:
-    from rich.console import Console
-
-    # A pipe or a file has no width, so lines may be long there.
-    return Console(highlight=False, width=None if is_terminal(sys.stdout) else 140)

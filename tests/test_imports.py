@@ -29,6 +29,13 @@ MAY_IMPORT = {
     "fastbert.torch_defaults": set(),
     "fastbert.durable": set(),
     "fastbert.terminal": set(),
+    "fastbert.printing": {"fastbert.strict_json", "fastbert.terminal"},
+    "fastbert.command_line": {
+        "fastbert.errors",
+        "fastbert.heap",
+        "fastbert.out_of_memory",
+        "fastbert.terminal",
+    },
     "fastbert.presence": {"fastbert.errors"},
     "fastbert.regular_file": set(),
     "fastbert.storage": {"fastbert.errors", "fastbert.presence", "fastbert.regular_file"},
