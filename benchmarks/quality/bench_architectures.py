@@ -202,7 +202,8 @@ def main() -> None:
     if given.texts:
         rows += fine_tuned(given.texts, given.seeds, given.out)
     text = f"BERT against ModernBERT of the demo's size\n\n{report(rows)}"
-    Record(header(torch.device("cpu")), rows).write(given.out, "architectures", text)
+    name = "architectures_tasks" if given.texts else "architectures"
+    Record(header(torch.device("cpu")), rows).write(given.out, name, text)
     print(text)
 
 
