@@ -366,8 +366,9 @@ def prepare(
             )
         _print(prepare_share(sources, at, task, **options))
         return
-    upload = uploading(at, sources, options) if isinstance(at, Url) else None
-    with upload or contextlib.nullcontext(at) as made:
+    with (
+        uploading(at, sources, options) if isinstance(at, Url) else contextlib.nullcontext(at)
+    ) as made:
         report = prepare(sources, made, **options)
     if as_json:
         print(report.json(), end="")
