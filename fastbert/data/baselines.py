@@ -29,7 +29,7 @@ from fastbert.data.split import Split
 from fastbert.machine import usable_cores
 
 HIDDEN = 0.15 * 0.8  # mask_rate * mask_token of the default objective
-TRAIN_TOKENS = 1 << 23  # counted at most; this takes 0.5 GB of memory
+TRAIN_TOKENS = 1 << 23  # counted at most; this takes 0.4 GB of memory
 TUNE_TOKENS = 1 << 15
 HELDOUT_TOKENS = 1 << 17
 _GATHERED = 1 << 11  # documents at once
