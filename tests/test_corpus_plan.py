@@ -18,7 +18,7 @@ MIB = 1 << 20
 
 def plan_of(sizes: list[int], cut: bool = True, piece: int = 16 * MIB) -> Plan:
     source = Source(Path("a.txt"), "txt", "")
-    return Plan([File(source, size, 0, SEGMENT_BYTES if cut else 0) for size in sizes], piece)
+    return Plan([File(source, size, "", SEGMENT_BYTES if cut else 0) for size in sizes], piece)
 
 
 def parts_of(plan: Plan) -> list[list[Part]]:

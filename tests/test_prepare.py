@@ -523,9 +523,9 @@ def test_many_workers_are_no_more_than_a_few_per_core(
     started = []
     real = module.map_in_order
 
-    def counted(make: Any, arguments: Any, items: Any, workers: int) -> Any:
+    def counted(make: Any, arguments: Any, items: Any, workers: int, advance: Any) -> Any:
         started.append(workers)
-        return real(make, arguments, items, 1)
+        return real(make, arguments, items, 1, advance)
 
     monkeypatch.setattr(module, "map_in_order", counted)
     monkeypatch.setattr(segments, "SEGMENT_BYTES", 1 << 14)

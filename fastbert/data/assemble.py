@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import mmap
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypeVar
@@ -31,7 +30,7 @@ from fastbert.data.results import disk_errors, publish, read_arrays, write_array
 from fastbert.data.settle import Settled
 from fastbert.data.tokenizer import is_bert, special_ids
 
-Result = TypeVar("Result")
+Item = TypeVar("Item")
 
 TRAIN, HELDOUT = 0, 1  # as in dataset.SPLITS
 
@@ -87,20 +86,20 @@ class Assembler:
         stats = CorpusStats(self._unknown, settled.bits)
         heldout, hashes = list[Documents](), [np.zeros(0, np.uint64)]
         path = job.part / f"train-{number:05d}"
-        counting = None
         with disk_errors(job.out):
             path.parent.mkdir(parents=True, exist_ok=True)
-            # Threads read the next piece and count the last one while this one is written.
+            # Threads read the next documents and count the last ones while these are written.
             with publish(path, job.work) as new, ThreadPoolExecutor(2) as pool:
                 writer = BlockWriter(new, TRAIN, number, self._dtype)
-                for train, held, of_held in _one_ahead(pool, self._split, range(begin, end)):
-                    if counting is not None:
-                        counting.result()
+                counting = pool.submit(lambda: None)
+                for train, held, of_held in _one_ahead(pool, self._split(begin, end)):
+                    counting.result()
                     counting = pool.submit(_count, stats, train, held)
-                    for documents in train:
-                        writer.add(documents)
-                    heldout += held
-                    hashes += of_held
+                    writer.add(train)
+                    if len(of_held):
+                        heldout.append(held)
+                        hashes.append(of_held)
+                counting.result()
                 table = writer.close()
                 size = new.stat().st_size
             facts, arrays = stats.to_arrays()
@@ -120,19 +119,16 @@ class Assembler:
         ]
         return np.concatenate([np.zeros(0, np.uint64), *files])
 
-    def _split(self, number: int) -> tuple[list[Documents], list[Documents], list[np.ndarray]]:
-        """Return the training text of a piece, its held-out text, and the hashes of the latter."""
-        train, heldout, hashes = list[Documents](), list[Documents](), list[np.ndarray]()
-        for documents, dropped, of_text in self._documents(number):
-            held = of_text < self._settled.heldout_below
-            if self._held_before is not None:
-                held |= np.isin(of_text, self._held_before)
-            train.append(documents.chosen(~held & ~dropped))
-            held &= ~dropped
-            if held.any():
-                heldout.append(documents.chosen(held))
-                hashes.append(of_text[held])
-        return train, heldout, hashes
+    def _split(self, begin: int, end: int) -> Iterator[tuple[Documents, Documents, np.ndarray]]:
+        """Yield training text of pieces, held-out text, and the hashes of the latter."""
+        for number in range(begin, end):
+            for documents, dropped, of_text in self._documents(number):
+                held = of_text < self._settled.heldout_below
+                if self._held_before is not None:
+                    held |= np.isin(of_text, self._held_before)
+                train = documents.chosen(~held & ~dropped)
+                held &= ~dropped
+                yield train, documents.chosen(held), of_text[held]
 
     def _documents(self, number: int) -> Any:
         """Yield the documents of a piece, which are left out, and their hashes."""
@@ -167,24 +163,17 @@ class Assembler:
         return np.load(self._job.dropped_path, mmap_mode="r", allow_pickle=False)
 
 
-def _one_ahead(
-    pool: ThreadPoolExecutor, function: Callable[[int], Result], numbers: Iterable[int]
-) -> Iterator[Result]:
-    """Yield the results of a function in order, while a thread computes the next one."""
-    waiting = deque[Future[Result]]()
-    for number in numbers:
-        waiting.append(pool.submit(function, number))
-        if len(waiting) == 2:
-            yield waiting.popleft().result()
-    for last in waiting:
-        yield last.result()
+def _one_ahead(pool: ThreadPoolExecutor, items: Iterator[Item]) -> Iterator[Item]:
+    """Yield the items, while a thread takes the next one."""
+    waiting = pool.submit(next, items, None)
+    while (item := waiting.result()) is not None:
+        waiting = pool.submit(next, items, None)
+        yield item
 
 
-def _count(stats: CorpusStats, train: list[Documents], heldout: list[Documents]) -> None:
-    for documents in train:
-        stats.add(documents)
-    for documents in heldout:
-        stats.add(documents, heldout=True)
+def _count(stats: CorpusStats, train: Documents, heldout: Documents) -> None:
+    stats.add(train)
+    stats.add(heldout, heldout=True)
 
 
 def is_assembled(job: Job, number: int, verify: bool) -> bool:

@@ -29,10 +29,11 @@ from fastbert.data.split import Split
 from fastbert.machine import usable_cores
 
 HIDDEN = 0.15 * 0.8  # mask_rate * mask_token of the default objective
-TRAIN_TOKENS = 1 << 23  # counted at most; this takes 0.5 GB of memory
+TRAIN_TOKENS = 1 << 23  # counted at most; this takes 0.4 GB of memory
 TUNE_TOKENS = 1 << 15
 HELDOUT_TOKENS = 1 << 17
 _GATHERED = 1 << 11  # documents at once
+_COUNTED = 1 << 16  # words at once: bincount copies them as int64
 _ROWS = 32  # contexts whose words are looked up at once
 _STEPS = 30  # of expectation maximisation; the weights no longer change after ten
 
@@ -46,7 +47,8 @@ def measure(train: Split, heldout: Split, vocab_size: int) -> dict[str, float]:
     tested = _sample(heldout, HELDOUT_TOKENS, vocab_size)
     cut = len(counted) - min(len(counted) // 20, TUNE_TOKENS)
     models = _Models(counted[:cut], vocab_size)
-    tune, test = models.predict(counted[cut:], seed=1), models.predict(tested, seed=2)
+    with ThreadPoolExecutor(min(2, usable_cores())) as pool:
+        test, tune = pool.map(models.predict, (tested, counted[cut:]), (2, 1))
     probabilities = {
         "unigram": test.unigram,
         "left_bigram": test.left,
@@ -94,7 +96,9 @@ def counts(train: Split, vocab_size: int) -> np.ndarray:
 
 
 def _unigram(words: np.ndarray, vocab_size: int) -> np.ndarray:
-    counts = np.bincount(words, minlength=vocab_size) + 0.5
+    counts = np.full(vocab_size, 0.5)
+    for part in np.array_split(words, 1 + len(words) // _COUNTED):
+        counts += np.bincount(part, minlength=vocab_size)
     return counts / counts.sum()
 
 
@@ -170,10 +174,11 @@ class _Models:
         self.size = vocab_size + 1  # the boundary is a neighbour too
         left, word, right = _neighbours(tokens, vocab_size)
         self.unigram = _unigram(word, vocab_size)
-        contexts = left, right, _joined(left, right, self.size, self.size)
+        # The pairs take as long as left and right together.
+        contexts = _joined(left, right, self.size, self.size), left, right
         # Sorting takes most of the time, and numpy sorts without Python's lock.
         with ThreadPoolExecutor(min(len(contexts), usable_cores())) as pool:
-            self.after, self.before, self.between = pool.map(
+            self.between, self.after, self.before = pool.map(
                 lambda context: _Conditional(context, word, self.size), contexts
             )
 
@@ -213,12 +218,11 @@ class _Models:
         sums = np.empty(len(pairs))
         # The words of the neighbour that was seen with fewer are looked up among the other's.
         fewer = self.after.seen(lefts) < self.before.seen(rights)
-        for models, neighbours, chosen in (
-            ((self.after, self.before), (lefts, rights), fewer),
-            ((self.before, self.after), (rights, lefts), ~fewer),
+        for listed, dense, few, many, chosen in (
+            (self.after, self.before, lefts, rights, fewer),
+            (self.before, self.after, rights, lefts, ~fewer),
         ):
-            contexts = (each[chosen] for each in neighbours)
-            sums[chosen] = _products(*models, *contexts, 1 / self.unigram)
+            sums[chosen] = _products(listed, dense, few[chosen], many[chosen], 1 / self.unigram)
         return sums[inverse]
 
 

@@ -62,7 +62,7 @@ class BlockWriter:
         self._file.write(b"\0" * (-self._file.tell() % ALIGNMENT))
         entry["split"], entry["shard"] = self._split, self._shard
         entry["offset"] = self._file.tell()
-        self._file.write(data)
+        self._file.write(data.data)
         self._entries.append(entry)
 
 

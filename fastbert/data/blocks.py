@@ -128,7 +128,7 @@ def encode(
         ]
         for pairs in (False, True)
     ]
-    entry["sha256"] = np.frombuffer(hashlib.sha256(data).digest(), np.uint8)
+    entry["sha256"] = np.frombuffer(hashlib.sha256(data.data).digest(), np.uint8)
     return data, entry
 
 

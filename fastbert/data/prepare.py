@@ -345,17 +345,18 @@ def job_of(sources: Sequence[str | Path], out: Path, options: Options) -> Job:
         if not isinstance(at := file.source.path, Path) or ours not in at.absolute().parents
     ]
     without = _laid_out(options.without, None, "--without ") if options.without else []
+    base, vocabulary = _base(out, options), _vocabulary(out, options)
     bad_allowed = {"error": 0, "skip": None}.get(str(options.bad_records), options.bad_records)
     return Job(
         out=out,
         plan=Plan(tuple(files), corpus_plan.PIECE_BYTES),
         text_field=options.text_field,
-        tokenizer_or_vocabulary=_vocabulary(out, options),
+        tokenizer_or_vocabulary=vocabulary,
         heldout=options.heldout,
         drop_copies=options.drop_copies,
         without=tuple(without),
         bad_allowed=None if bad_allowed is None else int(bad_allowed),
-        base=_base(out, options),
+        base=base,
     )
 
 

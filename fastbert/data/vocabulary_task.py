@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from fastbert.data.corpus_plan import VOCABULARY_BYTES
+from fastbert.data.corpus_plan import VOCABULARY_BYTES, Part
 from fastbert.data.documents import Chunk
 from fastbert.data.job import Job, Vocabulary
 from fastbert.data.results import disk_errors, write_json
 from fastbert.data.segments import check_unchanged, read_segment
 from fastbert.data.vocabulary import VocabularyTrainer
 from fastbert.data.workers import apply_in_child
+
+Sample = list[tuple[Part, int]]  # segments, and how many bytes to read of each
 
 # With less text than this the vocabulary is trained in this process, in about a second.
 TRAINED_HERE_BYTES = 1 << 19
@@ -22,21 +24,22 @@ def train_vocabulary(job: Job) -> None:
     Raises:
         InputError: the text cannot be read, has no character, or the disk refused.
     """
-    if sum(limit for _, limit in job.plan.sample()) < TRAINED_HERE_BYTES:
-        trained = SampleTrainer(job)(None)
+    sample = job.plan.sample()
+    if sum(limit for _, limit in sample) < TRAINED_HERE_BYTES:
+        trained = SampleTrainer(job)(sample)
     else:  # so that Ctrl-C ends it at once
-        trained = apply_in_child(SampleTrainer, (job,), None)
+        trained = apply_in_child(SampleTrainer, (job,), sample)
     with disk_errors(job.out):
         write_json(job.vocabulary_path, {"tokenizer": trained})
 
 
 class SampleTrainer:
-    """Trains the vocabulary of a job on `most` bytes; returns it as `Tokenizer.to_str` does."""
+    """Trains the vocabulary of a job on a sample; returns it as `Tokenizer.to_str` does."""
 
-    def __init__(self, job: Job, most: int = VOCABULARY_BYTES):
-        self._job, self._most = job, most
+    def __init__(self, job: Job):
+        self._job = job
 
-    def __call__(self, _: None) -> str:
+    def __call__(self, sample: Sample) -> str:
         job, options = self._job, self._job.tokenizer_or_vocabulary
         assert isinstance(options, Vocabulary)
         trainer = VocabularyTrainer(
@@ -47,12 +50,12 @@ class SampleTrainer:
             options.lowercase,
             options.keep_accents,
         )
-        return trainer(spread(sample_of(job, self._most)))
+        return trainer(spread(read_sample(job, sample)))
 
 
-def sample_of(job: Job, most: int) -> Iterator[Chunk]:
-    """Yield text that is spread evenly over that of a job, of about `most` bytes on disk."""
-    for part, limit in job.plan.sample(most):
+def read_sample(job: Job, sample: Sample) -> Iterator[Chunk]:
+    """Yield the text of a sample as `Plan.sample` returns it."""
+    for part, limit in sample:
         file, read = job.plan.files[part.file], 0
         for chunk in read_segment(file, part.segment, job.text_field, job.bad_allowed != 0):
             yield chunk

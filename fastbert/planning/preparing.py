@@ -19,7 +19,7 @@ from fastbert.data.encode import ChunkEncoder
 from fastbert.data.job import Job, Vocabulary
 from fastbert.data.prepare import Options, job_of, processes
 from fastbert.data.unpack import BadRecord
-from fastbert.data.vocabulary_task import SampleTrainer, sample_of
+from fastbert.data.vocabulary_task import SampleTrainer, read_sample
 
 SAMPLE_BYTES = 16 << 20  # on disk
 TRAINED_BYTES = 4 << 20
@@ -101,7 +101,7 @@ def _encode(job: Job, tokenizer: str) -> dict[str, np.ndarray]:
     encode, skipped = ChunkEncoder(tokenizer, job.text_field), list[BadRecord]()
     found = dict[str, list[tuple[float, float, float]]]()
     began = time.process_time()
-    for chunk in sample_of(job, SAMPLE_BYTES):
+    for chunk in read_sample(job, job.plan.sample(SAMPLE_BYTES)):
         part = encode(chunk, skipped if job.bad_allowed != 0 else None).documents
         made = part.tokens.nbytes + 2 * len(part.sentences) + 4 * len(part.documents)
         ended = time.process_time()
@@ -116,12 +116,11 @@ def _tokenizer(job: Job) -> tuple[str, float]:
     """Return a tokenizer, and how long training the vocabulary takes: in proportion to its text."""
     if not isinstance(job.tokenizer_or_vocabulary, Vocabulary):
         return job.tokenizer, 0.0
-    whole, part = (
-        sum(limit for _, limit in job.plan.sample(*most)) for most in ((), (TRAINED_BYTES,))
-    )
+    whole, part = job.plan.sample(), job.plan.sample(TRAINED_BYTES)
     began = time.process_time()
-    trained = SampleTrainer(job, TRAINED_BYTES)(None)
-    return trained, (time.process_time() - began) * whole / max(part, 1)
+    trained = SampleTrainer(job)(part)
+    seconds = time.process_time() - began
+    return trained, seconds * sum(n for _, n in whole) / sum(n for _, n in part)
 
 
 def describe(p: Preparation) -> list[tuple[str, str]]:
