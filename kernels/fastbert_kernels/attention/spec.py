@@ -86,6 +86,8 @@ SPEC = Spec(
         {"lengths": [120, 9, 128], "H": 2, "K": 64, "window": 16},
         {"lengths": [257], "H": 1, "K": 32, "window": 127},
         {"lengths": [128, 0, 40], "H": 2, "K": 32, "R": 50, "rest": 60, "window": 15},
+        # More rows than the programs that fill them with zeros reach in their first turn.
+        {"lengths": [5, 0], "H": 1, "K": 16, "rest": 160},
         {"lengths": [400, 0, 33], "H": 2, "K": 48, "R": 70, "rest": 30, "window": 17},
         {"lengths": [1, 129, 300], "H": 2, "K": 64, "R": 90, "rest": 1, "window": 64},
     ),
