@@ -88,7 +88,7 @@ def format_3(folder: Path, parts: list[Text]) -> Blocks:
     for i, part in enumerate(parts):
         data, entries[i] = blocks.encode(*part, None, U2)
         entries[i]["shard"] = i
-        (folder / shard_name(0, 0, i)).write_bytes(data)
+        (folder / shard_name(0, 0, i)).write_bytes(data.tobytes())
     return Blocks(folder, entries, np.zeros(len(parts), np.int64), 2, False, 30_000)
 
 
