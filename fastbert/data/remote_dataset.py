@@ -119,13 +119,18 @@ def files_of(manifest: dict[str, Any]) -> dict[str, tuple[int, str | None]]:
 
 
 @contextlib.contextmanager
-def uploading(url: Url) -> Iterator[Path]:
+def uploading(url: Url, add: bool = False) -> Iterator[Path]:
     """Yield a path for a new dataset, which is uploaded at the end of the block, manifest last.
 
     Raises:
-        InputError: there is something at `url` already, or the store refuses it. What was uploaded
-            is removed then.
+        InputError: text shall be added to a dataset that is there; there is something at `url`
+            already, or the store refuses it. What was uploaded is removed then.
     """
+    if add:
+        raise InputError(
+            f"--add: --out {url} is a URL; copy the dataset to a disk with the store's own tool, "
+            "add the text there, and copy it back"
+        )
     _check_new(url)
     with workspace("prepare") as folder:
         made = folder / url.name
