@@ -58,9 +58,7 @@ def test_a_size_has_a_unit(text):
 
 @pytest.mark.parametrize("text", ["64MB", "64", "MiB", "-64MiB", "6.4 GiB", "64 MiB KiB"])
 def test_what_is_no_size_is_one_line(text):
-    with pytest.raises(
-        InputError, match=r"order.window = .*must be bytes, or a number with"
-    ):
+    with pytest.raises(InputError, match=r"order.window = .*must be bytes, or a number with"):
         load_config({"data": "x", "order": {"window": text}})
 
 

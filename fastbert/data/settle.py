@@ -193,7 +193,11 @@ def _heldout_bound(
         raise InputError(
             f"{names}: {found}{kept}; "
             "a dataset needs at least two, one to train on and one to hold out"
-            + ("; put a blank line between documents, or use --format lines" * job.blank_lines)
+            + (
+                "; put a blank line between documents, or use --format lines"
+                if job.blank_lines and not job.without
+                else ""
+            )
         )
     wanted = min(LEAST_HELDOUT, max(distinct // 4, 1))
     if smallest[wanted - 1] < below <= largest:
