@@ -102,7 +102,7 @@ def prepare(sources: str | Path | Iterable[str | Path], out: str | Path, **optio
     """
     from fastbert.data.prepare import Options, prepare
     from fastbert.data.remote_dataset import uploading
-    from fastbert.storage import Url, is_url
+    from fastbert.storage import Url, place
 
     with _in_python():
         if isinstance(sources, bytes) or not isinstance(sources, (str, os.PathLike, Iterable)):  # pyright: ignore[reportUnnecessaryIsInstance]
@@ -122,10 +122,11 @@ def prepare(sources: str | Path | Iterable[str | Path], out: str | Path, **optio
         keep_heap()
         # "~" is expanded by a shell, and here there is none.
         paths = [os.path.expanduser(path) for path in paths]
-        if is_url(out):
-            with uploading(Url(str(out)), paths, options) as made:
+        at = place(os.path.expanduser(out))
+        if isinstance(at, Url):
+            with uploading(at, paths, options, add=bool(options.get("add"))) as made:
                 return prepare(paths, made, **options)
-        return prepare(paths, os.path.expanduser(out), **options)
+        return prepare(paths, at, **options)
 
 
 def pretrain(

@@ -39,7 +39,10 @@ def cache_folder() -> Path:
     On a network disk, whose locks may hold on one machine only, each machine has a folder of its
     own.
     """
-    text = os.path.expandvars(os.environ.get(FOLDER) or "~/.cache/fastbert")
+    given = os.environ.get(FOLDER) or "~/.cache/fastbert"
+    text = os.path.expandvars(given)
+    if unset := re.search(r"\$(\w+|\{\w+\})", text):
+        raise InputError(f"{FOLDER} = {given!r}: {unset[0]} is not set; set it, or leave it out")
     folder = Path(text).expanduser().absolute()
     return folder / socket.gethostname() if _kind_of_disk(folder) in NETWORK_DISKS else folder
 
@@ -79,7 +82,7 @@ class Copy:
         path, total = self.path, self._total
         if path in _held and path.is_dir():
             return
-        path.parent.mkdir(parents=True, exist_ok=True)
+        _make_folder(path.parent)
         lock = os.open(f"{path}{_LOCK}", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             partial = path.with_name(f"{path.name}{_PARTIAL}")
@@ -122,7 +125,7 @@ def workspace(kind: str) -> Iterator[Path]:
     What killed processes left is removed by the next one.
     """
     folder = cache_folder() / kind
-    folder.mkdir(parents=True, exist_ok=True)
+    _make_folder(folder)
     for name in os.listdir(folder):
         if re.fullmatch(r"[0-9a-f]{16}", name):
             with contextlib.suppress(OSError):
@@ -141,6 +144,17 @@ def workspace(kind: str) -> Iterator[Path]:
     finally:
         shutil.rmtree(path, ignore_errors=True)
         os.close(lock)
+
+
+def _make_folder(folder: Path) -> None:
+    """Make a folder of copies; an InputError names the variable that chooses another disk."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"{error.filename or folder}: cannot be made: {error.strerror}; set {FOLDER} to a "
+            "folder for copies of what is in a bucket"
+        ) from None
 
 
 def _try_lock(descriptor: int, kind: int, without: bool = True) -> bool:

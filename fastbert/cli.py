@@ -24,6 +24,7 @@ import typer
 from fastbert import __version__, command_line
 from fastbert.command_line import DONE, FAILED, say
 from fastbert.data.sources import FORMATS
+from fastbert.durable import write_new
 from fastbert.errors import InputError
 from fastbert.printing import (
     console,
@@ -33,7 +34,7 @@ from fastbert.printing import (
     print_table,
     print_text,
 )
-from fastbert.storage import Url, is_url, place
+from fastbert.storage import Place, Url, place
 from fastbert.terminal import is_terminal, safe
 
 EVALUATE_S = 600.0  # how long the ranks of `evaluate` wait for each other
@@ -51,12 +52,13 @@ app = typer.Typer(
 
 def _existing_folder(text: str) -> str:
     """Check that a folder exists, before anything heavy is imported; a URL is checked later."""
-    if not is_url(text):
-        if not os.path.exists(text):
+    at = place(text)
+    if isinstance(at, Path):
+        if not os.path.exists(at):
             raise typer.BadParameter(f"Directory '{text}' does not exist.")
-        if not os.path.isdir(text):
+        if not os.path.isdir(at):
             raise typer.BadParameter(f"Directory '{text}' is a file.")
-    return text
+    return str(at)
 
 
 Model = Annotated[
@@ -79,6 +81,15 @@ Overrides = Annotated[
     typer.Argument(metavar="key=value", help="Settings that override the recipe's."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
+
+
+def _check_stays(key: str, at: Place) -> None:
+    """Raise InputError for a URL whose objects are gone when this process ends."""
+    if isinstance(at, Url) and at.scheme == "memory":
+        raise InputError(
+            f"{key} {at}: what is kept in memory is gone when the command ends; "
+            "give a folder, or the URL of a store"
+        )
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -209,8 +220,8 @@ def prepare(
         str | None,
         typer.Option(
             metavar="I/N",
-            help="Run only share I of N of the tasks, for a scheduler such as Slurm; the command "
-            "without it finishes.",
+            help="Run only share I of N of the tasks, from 0 to N - 1, for a scheduler such as "
+            "Slurm; the command without it finishes.",
         ),
     ] = None,
     estimate: Annotated[
@@ -261,8 +272,12 @@ def prepare(
             )
         print_text(prepare_share(sources, at, task, **options))
         return
-    upload = uploading(at, sources, options) if isinstance(at, Url) else contextlib.nullcontext(at)
-    with upload as made:
+    _check_stays("--out", at)
+    if isinstance(at, Url):
+        target = uploading(at, sources, options, add=add)
+    else:
+        target = contextlib.nullcontext(at)
+    with target as made:
         report = prepare(sources, made, **options)
     if as_json:
         print(report.json(), end="")
@@ -270,7 +285,8 @@ def prepare(
     console().print(report.table())
     # An absolute path, so that the command works from any directory.
     data = shlex.quote(str(at if isinstance(at, Url) else at.absolute()))
-    recipe = shlex.quote(f"{at.name}.toml")
+    name = at.name if isinstance(at, Url) else at.resolve().name
+    recipe = shlex.quote(f"{name}.toml")
     print_text(f"{out}: ready; next: fastbert init {data} --minutes 30 --out {recipe}")
 
 
@@ -328,6 +344,7 @@ def pretrain(
 
     with StopRequest() as stop_request:  # from here on a signal means: stop after this step
         config = load_config(recipe, overrides or (), branch_from)
+        _check_stays("run =", place(config.run))
         from fastbert.training.loop import pretrain  # this takes seconds
 
         return pretrain(config, recipe, resume, stop_request).exit_code
@@ -365,8 +382,7 @@ def recipes(
         print(text, end="")
         return
     try:
-        with open(out, "x", encoding="utf-8") as copy:
-            copy.write(text)
+        write_new(out, text)
     except FileExistsError:
         raise InputError(f"{out}: exists already; remove it or choose another --out") from None
     except OSError as error:
@@ -764,11 +780,16 @@ def finetune(
 @app.command(epilog="Example: fastbert report runs/base")
 def report(
     run: Annotated[
-        Path,
-        typer.Argument(metavar="RUN", help="The folder of a run.", exists=True, file_okay=False),
+        str,
+        typer.Argument(
+            metavar="RUN", help="The folder of a run, or its URL.", parser=_existing_folder
+        ),
     ],
     out: Annotated[
-        Path | None, typer.Option(help="The page to write.  \\[default: RUN/report.html]")
+        Path | None,
+        typer.Option(
+            help="The page to write.  \\[default: RUN/report.html; of a URL NAME-report.html here]"
+        ),
     ] = None,
     sequences: Annotated[
         int | None,

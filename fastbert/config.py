@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -71,12 +72,11 @@ def size(default: str, *, low: str) -> Any:
 
 
 def size_of(text: str) -> int | None:
-    """The bytes that a text like "4 GiB" means; None where it is no such text."""
-    number, _, unit = text.strip().rpartition(" ")
-    digits = number.strip()
-    if not digits.isascii() or not digits.isdigit() or unit not in SIZE_UNITS:
+    """The bytes that a text like "4 GiB" or "4GiB" means; None where it is no such text."""
+    found = re.fullmatch(r"\s*([0-9]+)\s*([A-Za-z]+)\s*", text)
+    if found is None or found[2] not in SIZE_UNITS:
         return None
-    return int(digits) << SIZE_UNITS[unit]
+    return int(found[1]) << SIZE_UNITS[found[2]]
 
 
 def choice(default: str, *options: str) -> Any:

@@ -64,6 +64,22 @@ def _length(path: Path) -> int:
     return len(STAGING) + len(path.name) + 9
 
 
+def write_new(path: Path, text: str) -> None:
+    """Write a new file of text; where the disk refuses, nothing is left.
+
+    Raises:
+        FileExistsError: there is something at `path`.
+        OSError: the disk refused.
+    """
+    with open(path, "x"):
+        pass
+    try:
+        path.write_text(text, encoding="utf-8")
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
+
+
 @contextlib.contextmanager
 def named(path: Path, staging: Path | None = None) -> Iterator[None]:
     """Let an OSError of this block name `path`, which its user knows, and not `staging`.

@@ -37,8 +37,9 @@ def status(path: Path) -> os.stat_result | None:
                     "or correct or remove the link"
                 ) from None
         if found := _REMOTE.match(str(path)):
+            url = str(path).replace(":/", "://", 1)
             raise InputError(
-                f"{path}: files are read and written on local disks only; "
+                f"{url}: files are read and written on local disks only; "
                 f"copy them from or to {found[1]}: by a tool of its own"
             ) from None
         return None

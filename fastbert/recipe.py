@@ -37,7 +37,7 @@ from fastbert.config import (
 from fastbert.errors import InputError
 from fastbert.recipe_checks import check_config
 from fastbert.regular_file import read_text
-from fastbert.storage import Place, is_url, place, read
+from fastbert.storage import Place, as_text, is_url, place, read
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -430,7 +430,7 @@ def _value(spec: dataclasses.Field[Any], hint: Any, value: Any, key: str, where:
             raise wrong("a string that is not empty" + or_list)
         if key in PATHS or spec.name == "path":
             try:
-                value = os.path.expanduser(str(place(value)) if is_url(value) else value)
+                value = os.path.expanduser(as_text(value))
             except InputError as error:
                 raise InputError(f"{where}: {key}: {error}") from None
         options = spec.metadata.get("options")

@@ -129,6 +129,15 @@ def place(text: str | os.PathLike[str] | Url) -> Place:
     return Url(found[0].rstrip("/") if found[2].strip("/") else found[0])
 
 
+def as_text(text: str) -> str:
+    """Return a path as it is, the path of a file:// URL, and another URL without a last slash.
+
+    Raises:
+        InputError: as `place`.
+    """
+    return str(place(text)) if _URL.fullmatch(text) else text
+
+
 @dataclass(frozen=True)
 class Entry:
     """An object below a folder: its name relative to the folder, with slashes, and its bytes."""

@@ -128,6 +128,9 @@ def test_what_a_branch_is_refused(recipe, two_sources, tmp_path):
         ("objective.segments=single", "objective.segments = 'single'"),
     ]:
         assert message in refusal(recipe, new, override, branch_from=at)
+    one = f'data=[{{path = "{two_sources[0].path}"}}]'
+    message = "data has 1 of the 2 sources that"
+    assert message in refusal(recipe, new, one, "weights=[1]", branch_from=at)
     for phases in ("phase=[]", "phase=[{steps = 4}, {steps = 8}]"):
         for limit in ("stop.steps=8", "stop.steps=4", "stop.tokens=100"):
             message = f"{limit.replace('=', ' = ')} is reached there already, so no step is left"

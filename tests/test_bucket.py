@@ -313,6 +313,12 @@ def test_a_run_in_a_bucket_by_its_url(lab, proxy, dataset_url, tmp_path, monkeyp
     capsys.readouterr()
     assert cli.run(["evaluate", str(trial.url), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["step"] == 4
+    monkeypatch.chdir(tmp_path)
+    assert cli.run(["report", str(trial.url)]) == 0
+    page = (tmp_path / f"{trial.url.name}-report.html").read_text()
+    assert f"<h1>{trial.url.name}</h1>" in page and "held-out MLM loss, step 4" in page
+    assert cli.run(["report", f"s3://{BUCKET}/none"]) == 2
+    assert f"s3://{BUCKET}/none: no config.toml" in capsys.readouterr().err
     # Its resolved recipe is one, and a new run may begin with its model.
     continued = f"run={trial.url}-more", f"init={trial.url}", "stop.steps=2"
     assert cli.run(["pretrain", f"{trial.url}/config.toml", *continued]) == 0

@@ -126,6 +126,20 @@ def test_copies_in_use_stay_and_the_limit_is_named(monkeypatch):
         make("other", 1)
 
 
+def test_a_folder_that_cannot_be_made_is_named_with_its_variable(tmp_path, monkeypatch):
+    monkeypatch.delenv("NOT_SET", raising=False)
+    for text in ("$NOT_SET/x", "/a/${NOT_SET}"):
+        monkeypatch.setenv(cache.FOLDER, text)
+        with pytest.raises(InputError, match=r"FASTBERT_CACHE = .*NOT_SET\}? is not set"):
+            make("k", 1)
+    (tmp_path / "file").touch()
+    monkeypatch.setenv(cache.FOLDER, str(tmp_path / "file/x"))
+    with pytest.raises(InputError, match=r"file/x.*: cannot be made: .*; set FASTBERT_CACHE to"):
+        make("k", 1)
+    with pytest.raises(InputError, match="cannot be made"), workspace("runs"):
+        pass
+
+
 def test_a_failure_leaves_no_copy(place):
     def fail(folder: Path):
         (folder / "a").write_bytes(b"x")

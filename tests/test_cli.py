@@ -457,3 +457,12 @@ def test_a_bug_is_no_bad_input(monkeypatch):
     monkeypatch.setattr("fastbert.doctor.diagnose", lambda: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         run_inside(["doctor"])
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["pretrain mini data=x run=memory://r", "prepare x.txt --out memory://d"],
+)
+def test_what_is_kept_in_memory_would_be_lost(command, capsys):
+    assert run_inside(command.split()) == 2
+    assert "is gone when the command ends; give a folder" in capsys.readouterr().err

@@ -56,6 +56,22 @@ def test_a_path_may_begin_with_the_home_folder(monkeypatch):
     assert load_config({"data": "./~/d", "run": "a~"}).data == "./~/d"
 
 
+def test_a_path_may_be_a_file_url():
+    config = load_config({"data": "file:///d/a", "run": "file:///r", "init": "file:///i/"})
+    assert (config.data, config.run, config.init) == ("/d/a", "/r", "/i")
+
+
+@pytest.mark.parametrize("text", ["64 MiB", "64MiB", " 64  MiB ", "65536 KiB"])
+def test_a_size_has_a_unit(text):
+    assert load_config({"data": "x", "order": {"window": text}}).order.window == 64 << 20
+
+
+@pytest.mark.parametrize("text", ["64MB", "64", "MiB", "-64MiB", "6.4 GiB", "64 MiB KiB"])
+def test_what_is_no_size_is_one_line(text):
+    with pytest.raises(InputError, match=r"order.window = .*must be bytes, or a number with"):
+        load_config({"data": "x", "order": {"window": text}})
+
+
 def test_a_recipe_from_windows(tmp_path):
     (tmp_path / "r.toml").write_bytes(b'\xef\xbb\xbfdata = "x"\r\n[batch]\r\nsequences = 8\r\n')
     assert load_config(tmp_path / "r.toml").batch.sequences == 8

@@ -110,6 +110,9 @@ def test_documents_are_left_out(
         assert (tmp_path / "a/part-00000" / name).read_bytes() == (
             tmp_path / "b/part-00000" / name
         ).read_bytes()
+    with pytest.raises(InputError, match="no document with text is left by --without; a dataset"):
+        prepare([tmp_path / "rest.jsonl"], tmp_path / "d", without=[tmp_path / "rest.jsonl"],
+                **options)  # fmt: skip
     with pytest.raises(InputError, match=r"none\.txt: no such file"):
         prepare([tmp_path / "all.jsonl"], tmp_path / "c", without=[tmp_path / "none.txt"])
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from fastbert.checkpoints.hugging_face import new_folder
-from fastbert.durable import LEFTOVER_S, parents_of, replacing, write_whole
+from fastbert.durable import LEFTOVER_S, parents_of, replacing, write_new, write_whole
 from fastbert.errors import InputError
 from fastbert.tasks.embed import _writer
 
@@ -69,6 +69,15 @@ def test_an_error_of_a_disk_names_what_the_user_knows(tmp_path):
         (folder / "a/b").mkdir()
     assert raised.value.filename == str(file / "a/b")
     assert os.listdir(tmp_path) == []
+
+
+def test_a_new_file_that_cannot_be_written_is_not_left(tmp_path):
+    write_new(tmp_path / "a", "one")
+    with pytest.raises(FileExistsError):
+        write_new(tmp_path / "a", "two")
+    with pytest.raises(UnicodeEncodeError):  # where a disk is full, OSError
+        write_new(tmp_path / "b", "\ud800")
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["one"]
 
 
 @pytest.mark.parametrize("mode", [0o600, 0o640, 0o666, 0o400])

@@ -109,6 +109,7 @@ MAY_IMPORT = {
         "fastbert.recipe",
         "fastbert.data",
         "fastbert.errors",
+        "fastbert.durable",
         "fastbert.machine",
         "fastbert.presence",
         "fastbert.training.ds_config",

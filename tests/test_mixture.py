@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import fields, replace
 from fractions import Fraction
 
@@ -16,6 +17,7 @@ from fastbert.data.dataset import TokenDataset
 from fastbert.data.mixture import BLOCK, Mixture, quotas, source_of, source_seed
 from fastbert.data.stream import Stream
 from fastbert.errors import InputError
+from fastbert.training.verified_dataset import open_sources
 from tests.tiny_dataset import tiny_dataset
 
 SIZES = 60, 25, 9  # documents of the three sources
@@ -242,6 +244,16 @@ def test_a_source_is_used_for_its_epochs_at_most(datasets):
     config = recipe(datasets, data=data)
     with pytest.raises(InputError, match="run of known length"):
         Batches(datasets, replace(config, stop=replace(config.stop, seconds=10.0)))
+
+
+def test_one_dataset_by_two_names_is_an_error(two_sources, tmp_path):
+    a, b = (source.path for source in two_sources)
+    assert len(open_sources([a, b])) == 2
+    (tmp_path / "link").symlink_to(a)
+    shutil.copytree(a, tmp_path / "copy")
+    for other in (tmp_path / "link", tmp_path / "copy", b / ".." / a.name):
+        with pytest.raises(InputError, match=f"data: {other} is the same dataset as {a}; give it"):
+            open_sources([a, b, other])
 
 
 def test_a_bad_example_is_named_by_its_source(datasets):

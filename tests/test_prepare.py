@@ -340,6 +340,22 @@ def test_bad_calls(
     assert not any(path.name.startswith(".") for path in tmp_path.rglob("*"))
 
 
+def test_a_target_without_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The current folder may be a dataset, to which text is added."""
+    (tmp_path / "a.txt").write_text("One.\n\nTwo.\n\nThree.\n")
+    options: dict[str, Any] = {"workers": 1, "progress": False}
+    prepare([tmp_path / "a.txt"], tmp_path / "data/set", vocab_size=120, **options)
+    monkeypatch.chdir(tmp_path / "data/set")
+    for out in (".", "..", "/"):
+        with pytest.raises(InputError, match=r"exists already|the root of the file system"):
+            prepare([tmp_path / "a.txt"], out, **options)
+    (tmp_path / "b.txt").write_text("Four.\n\nFive.\n")
+    prepare([tmp_path / "b.txt"], ".", add=True, **options)
+    assert len(open_dataset(tmp_path / "data/set").manifest["parts"]) == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.txt", "b.txt", "data"]
+    assert [path.name for path in (tmp_path / "data").iterdir()] == ["set"]
+
+
 def test_existing_target(english_jsonl: Path, tmp_path: Path) -> None:
     for name, make in [
         ("file", Path.touch),

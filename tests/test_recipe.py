@@ -73,6 +73,7 @@ def test_an_override_replaces_the_list_of_datasets():
         ({"data": [{"path": "a", "weigth": 1}]}, "did you mean data 1: weight?"),
         ({"data": [{"path": "a", "weight": -1}]}, "data 1: weight = -1; must be 0 or more"),
         ({"data": [{"path": "a"}, {"path": "a"}]}, "data names 'a' twice"),
+        ({"data": [{"path": "/a"}, {"path": "file:///a"}]}, "data names '/a' twice"),
         ({"data": [{"path": "a", "weight": 1}, {"path": "b"}]}, "data 2 (b) has no weight"),
         (
             {"data": [{"path": "a", "weight": 1}, {"path": "b", "weight": 1}], "weights": [1, 1]},

@@ -17,6 +17,8 @@ from fastbert.data.remote_dataset import fetch_dataset, files_of
 from fastbert.data.sources import find_sources
 from fastbert.durable import sealed, sha256_of
 from fastbert.errors import InputError
+from fastbert.planning.plan import plan
+from fastbert.recipe import load_config
 from fastbert.storage import Url
 from tests.store_server import BUCKET, Faults, Proxy, credentials, make_bucket, s3_server
 
@@ -159,6 +161,26 @@ def test_a_killed_upload_is_completed_by_the_same_request(proxy, tmp_path, monke
     upload(*request)
     assert "whose upload was killed; it will be completed" in capsys.readouterr().err
     assert storage.names(at) == ["manifest.json", "tokens"]
+
+
+def test_text_is_added_to_a_dataset_on_a_disk_alone(small_dataset, tmp_path, monkeypatch):
+    monkeypatch.setenv("FASTBERT_CACHE", str(tmp_path / "cache"))
+    url = Url(f"memory://{tmp_path}/data")
+    put_folder(small_dataset.path, url)
+    (tmp_path / "a.txt").write_text("One.\n\nTwo.")
+    with pytest.raises(InputError, match=f"out = {url} is a URL; copy the dataset to a"):
+        fastbert.prepare(tmp_path / "a.txt", str(url), add=True)
+
+
+def test_a_plan_reads_a_dataset_in_a_bucket(small_dataset, tmp_path, monkeypatch):
+    monkeypatch.setenv("FASTBERT_CACHE", str(tmp_path / "cache"))
+    url = Url(f"memory://{tmp_path}/data")
+    put_folder(small_dataset.path, url)
+    found = [
+        plan(load_config("mini", {"data": str(data)}), "mini", 1, "h100")
+        for data in (small_dataset.path, url, f"{url}/none")
+    ]
+    assert found[0] == found[1] and "none is not here" in found[2].assumptions[0]
 
 
 def test_a_manifest_cannot_write_outside_its_copy(proxy, tmp_path):

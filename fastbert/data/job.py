@@ -18,6 +18,7 @@ from fastbert.data.corpus_plan import Part, Plan
 from fastbert.data.documents import WIKI
 from fastbert.data.results import key_of, read_json
 from fastbert.data.segments import File
+from fastbert.errors import InputError
 
 # Grows when a task computes something else from the same input.
 _VERSION = 1
@@ -188,5 +189,12 @@ def _release() -> str:
 
 
 def work_of(out: Path) -> Path:
-    """Return the folder of the results for a dataset."""
-    return out.with_name(f"{out.name}.work")
+    """Return the folder of the results for a dataset.
+
+    Raises:
+        InputError: `out` is the root of the file system.
+    """
+    named = out if out.name not in ("", "..") else Path(os.path.abspath(out))  # "." has no name
+    if not named.name:
+        raise InputError(f"--out {out}: the root of the file system; give a folder in it")
+    return named.with_name(f"{named.name}.work")

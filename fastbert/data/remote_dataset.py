@@ -122,18 +122,24 @@ def files_of(manifest: dict[str, Any]) -> dict[str, tuple[int, str | None]]:
 
 
 @contextlib.contextmanager
-def uploading(url: Url, *request: Any) -> Iterator[Path]:
+def uploading(url: Url, *request: Any, add: bool = False) -> Iterator[Path]:
     """Yield a path for a new dataset, which is uploaded at the end of the block, manifest last.
 
     Args:
         url: of the dataset.
         request: what it is made from, as values with a `str`. An upload that was killed is
             completed by one with the same request, as the same command has the same result.
+        add: whether text is to be added to a dataset; only on a disk.
 
     Raises:
-        InputError: there is something else at `url` already, or the store refuses it. What was
-            uploaded is removed then.
+        InputError: text shall be added to a dataset that is there; there is something else at
+            `url` already, or the store refuses it. What was uploaded is removed then.
     """
+    if add:
+        raise InputError(
+            f"--add: --out {url} is a URL; copy the dataset to a disk with the store's own tool, "
+            "add the text there, and copy it back"
+        )
     begun = hashlib.sha256(repr(request).encode()).hexdigest().encode()
     _check_new(url, begun)
     with workspace("prepare") as folder:

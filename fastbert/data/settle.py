@@ -183,16 +183,21 @@ def _heldout_bound(
     below = int(share * 2**64)
     distinct = len(smallest)  # capped; larger numbers make no difference
     names = ", ".join(map(str, sources))
+    kept = " is left by --without" if job.without else ""
     if job.base is not None:
         if not distinct:
-            raise InputError(f"{names}: no document with text; there is nothing to add")
+            raise InputError(f"{names}: no document with text{kept}; there is nothing to add")
         return min(below, job.base.heldout_below)
     if distinct < 2:
         found = "one distinct document" if distinct else "no document with text"
         raise InputError(
-            f"{names}: {found}; "
+            f"{names}: {found}{kept}; "
             "a dataset needs at least two, one to train on and one to hold out"
-            + ("; put a blank line between documents, or use --format lines" * job.blank_lines)
+            + (
+                "; put a blank line between documents, or use --format lines"
+                if job.blank_lines and not job.without
+                else ""
+            )
         )
     wanted = min(LEAST_HELDOUT, max(distinct // 4, 1))
     if smallest[wanted - 1] < below <= largest:

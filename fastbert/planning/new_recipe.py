@@ -14,6 +14,7 @@ from fastbert.config import BertConfig, ObjectiveConfig
 from fastbert.data.dataset import TokenDataset, open_dataset
 from fastbert.data.examples import Examples
 from fastbert.data.manifest import SPLITS
+from fastbert.durable import write_new
 from fastbert.errors import InputError
 from fastbert.machine import measure_bandwidth, measure_gemm_rate, probe_bf16
 from fastbert.planning.advise import (
@@ -103,8 +104,7 @@ def new_recipe(data: str | Path, minutes: float, out: Path) -> NewRecipe:
     )
     found = NewRecipe(_choice(corpus, advice), _hours(dataset, advice, device), _notes(advice))
     try:
-        with open(out, "x", encoding="utf-8") as file:
-            file.write(recipe_text(corpus, advice, minutes))
+        write_new(out, recipe_text(corpus, advice, minutes))
     except FileExistsError:
         raise InputError(taken) from None
     except OSError as error:

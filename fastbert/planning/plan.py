@@ -18,9 +18,11 @@ from typing import Any
 
 import numpy as np
 
+from fastbert import storage
 from fastbert.config import BertConfig, ModelConfig, RunConfig
 from fastbert.data.batches import share_out
 from fastbert.data.dataset import TokenDataset, open_dataset
+from fastbert.data.manifest import MANIFEST
 from fastbert.data.masking import selected_counts
 from fastbert.data.mixture import BLOCK, source_seed
 from fastbert.data.streams import Streams
@@ -39,6 +41,7 @@ from fastbert.planning.memory import memory_by_part, stay_gathered
 from fastbert.planning.parameters import count_hidden, count_parameters
 from fastbert.planning.reading import Reading, reading, sample
 from fastbert.presence import status
+from fastbert.storage import place
 from fastbert.training.ds_config import check_optimizer, read_ds_config
 
 if sys.version_info >= (3, 11):
@@ -261,6 +264,21 @@ def compute_seconds(
 # ----------------------------------------------------------------------------- the plan
 
 
+def _is_there(path: str) -> bool:
+    """Whether there is a dataset, or anything else, at a path or URL.
+
+    Raises:
+        InputError: it is not known.
+    """
+    at = place(path)
+    if isinstance(at, Path):
+        return status(at) is not None
+    try:
+        return storage.size(at / MANIFEST) is not None
+    except OSError as error:
+        raise InputError(f"{error.filename or at}: {error.strerror or error}") from None
+
+
 def plan(
     config: RunConfig,
     recipe: str,
@@ -322,7 +340,7 @@ def plan(
         if stage is None:
             stage = settings.stage(precision=weights, world=gpus, optimizer=config.optimizer.name)
     datasets = [dataset] if dataset else []
-    if not datasets and all(status(Path(source.path)) is not None for source in config.sources):
+    if not datasets and all(_is_there(source.path) for source in config.sources):
         datasets = [open_dataset(source.path, verify=False) for source in config.sources]
     vocab_size, lengths, epoch, assumptions = _examples(config, vocab_size, mean_length, datasets)
     if phases:

@@ -10,6 +10,7 @@ import html
 import os
 import platform
 import re
+import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -17,12 +18,14 @@ from typing import Any
 
 import numpy as np
 
+from fastbert import storage
 from fastbert.data.dataset import open_dataset
 from fastbert.data.tokenizer import token_text
 from fastbert.durable import replaceable, replacing
 from fastbert.errors import Diverged, InputError
 from fastbert.presence import is_file, is_folder, unreadable
 from fastbert.regular_file import read_text
+from fastbert.storage import Place, Url, place
 from fastbert.tasks.evaluate import Evaluation, Masked, evaluate
 from fastbert.tasks.load import load
 from fastbert.tasks.pretrained import Pretrained
@@ -71,17 +74,39 @@ def report(run: str | Path, out: str | Path | None = None, sequences: int | None
     """Write the page and return its path.
 
     Args:
-        run: the folder of a run, finished or not.
-        out: the file, by default RUN/report.html; an earlier report is replaced.
+        run: the folder of a run, finished or not; or its URL.
+        out: the file, by default RUN/report.html, or NAME-report.html here for the URL of a run
+            NAME; an earlier report is replaced.
         sequences: number of held-out examples to evaluate; by default the recipe's.
 
     Raises:
         InputError: no run, a run without a step, or a file that cannot be read.
     """
-    run = Path(run)
+    at = place(run)
+    if isinstance(at, Url):
+        with tempfile.TemporaryDirectory() as folder:
+            records = Path(folder) / at.name
+            records.mkdir()
+            _fetch_records(at, records)
+            return _report(at, records, Path(out or f"{at.name}-report.html"), sequences)
+    return _report(at, at, Path(out) if out else at / "report.html", sequences)
+
+
+def _fetch_records(url: Url, folder: Path) -> None:
+    """Copy what a page is made of, but the checkpoint."""
+    try:
+        for name in ("config.toml", "metrics.jsonl", "log.txt"):
+            if (length := storage.size(url / name)) is not None:
+                for _ in storage.fetch(url / name, folder / name, length, None):
+                    pass
+    except OSError as error:
+        raise InputError(f"{error.filename or url}: {error.strerror or error}") from None
+
+
+def _report(at: Place, run: Path, out: Path, sequences: int | None) -> Path:
+    """Write the page on the run at `at`, whose records are in the folder `run`."""
     if not is_file(run / "config.toml"):
-        raise InputError(f"{run}: no config.toml; give the folder of a run")
-    out = Path(out) if out else run / "report.html"
+        raise InputError(f"{at}: no config.toml; give the folder of a run")
     if out.suffix not in (".html", ".htm"):
         raise InputError(f"--out {out}: must end in .html")
     if not is_folder(out.parent):
@@ -93,7 +118,7 @@ def report(run: str | Path, out: str | Path | None = None, sequences: int | None
             f"--out {out}: exists, and is no report of fastbert; remove it or give another name"
         )
     history = read_history(run)
-    page = _page(run, history, *_results(run, sequences))
+    page = _page(run, history, *_results(at, sequences))
     with replacing(out) as staging:
         staging.write_text(page, encoding="utf-8")
     return out
@@ -109,10 +134,10 @@ def _is_report(out: Path) -> bool:
     return not begin or _GENERATOR.encode() in begin
 
 
-def _results(run: Path, sequences: int | None) -> tuple[Pretrained | None, Evaluation | None, str]:
+def _results(run: Place, sequences: int | None) -> tuple[Pretrained | None, Evaluation | None, str]:
     """Return the model of the newest checkpoint and its evaluation, or why there is none."""
     try:
-        pretrained = load(run, "cpu")
+        pretrained = load(str(run), "cpu")
         return pretrained, evaluate(pretrained, sequences=sequences), ""
     except (Diverged, InputError) as error:
         return None, None, str(error)

@@ -80,10 +80,10 @@ def check_same_run(
     windows = now["order.window"], before["order.window"]
     if all(dataset.windows(window) == 1 for dataset in datasets for window in windows):
         changed = [key for key in changed if key != "order.window"]
-    other = "start another run by run=..."
-    if not branches:
-        other += ", which may begin here with --branch-from"
     for key in changed:
+        other = "start another run by run=..."
+        if not branches and _among(key, BRANCH_NOTED):
+            other += ", which may begin here with --branch-from"
         if not _among(key, (*NOTED, *BRANCH_NOTED) if branches else NOTED):
             raise InputError(
                 f"{recipe}: {key} = {now.get(key)!r}, but the checkpoint {found.place} "
@@ -112,18 +112,23 @@ def _check_datasets(
     before: Any = found.metadata.get("dataset_sha256")
     digests: list[str] = before if isinstance(before, list) else [before]
     for i, digest in enumerate(digests):
-        dataset = datasets[i] if i < len(datasets) else None
-        if dataset is None or dataset.sha256 != digest:
+        if i == len(datasets):
+            raise InputError(
+                f"{recipe}: data has {len(datasets)} of the {len(digests)} sources that "
+                f"{found.place} was trained on; list all of them in the same order, "
+                "with weights of 0 for those that are used up"
+            )
+        if datasets[i].sha256 != digest:
             given = f"data = {config.shown_data!r}"
             if len(digests) > 1:
-                given = f"data {i + 1} = {str(dataset.path) if dataset else None!r}"
+                given = f"data {i + 1} = {config.sources[i].path!r}"
             raise InputError(
-                f"{recipe}: {given}: not the dataset that {found.path} was trained on; "
+                f"{recipe}: {given}: not the dataset that {found.place} was trained on; "
                 "give that one, or start another run by run=..."
             )
     if len(datasets) > len(digests) and not branches:
         raise InputError(
-            f"{recipe}: data has {len(datasets)} sources, and {found.path} was trained on "
+            f"{recipe}: data has {len(datasets)} sources, and {found.place} was trained on "
             f"{len(digests)}; give those, or start another run by run=... with --branch-from"
         )
 

@@ -35,23 +35,41 @@ def open_sources(
     """
     datasets = tuple(open_verified(path, group, window) for path in paths)
     with group.raise_on_all_ranks() if group else nullcontext():
-        check_one_tokenizer(datasets)
+        names = [str(place(path)) for path in paths]
+        _check_distinct(datasets, names)
+        check_one_tokenizer(datasets, names)
     return datasets
 
 
-def check_one_tokenizer(datasets: Sequence[TokenDataset]) -> None:
-    """Raise InputError where two datasets were made with tokenizers that behave differently."""
+def _check_distinct(datasets: Sequence[TokenDataset], names: Sequence[str]) -> None:
+    """Raise InputError where one dataset is there by two names, as by a link."""
+    seen: dict[str, str] = {}
+    for dataset, name in zip(datasets, names, strict=True):
+        if (first := seen.setdefault(dataset.sha256, name)) != name:
+            raise InputError(
+                f"data: {name} is the same dataset as {first}; give it one larger weight"
+            )
+
+
+def check_one_tokenizer(datasets: Sequence[TokenDataset], names: Sequence[str]) -> None:
+    """Raise InputError where two datasets were made with tokenizers that behave differently.
+
+    Args:
+        datasets: those of a run.
+        names: their paths or URLs, as the user knows them.
+    """
     if len(datasets) == 1:
         return
     first, *others = [
-        (dataset, tokenizer_sha256(load_tokenizer(dataset.tokenizer_dir))) for dataset in datasets
+        (name, tokenizer_sha256(load_tokenizer(dataset.tokenizer_dir)), dataset.tokenizer_dir)
+        for name, dataset in zip(names, datasets, strict=True)
     ]
-    for dataset, digest in others:
+    for name, digest, _ in others:
         if digest != first[1]:
             raise InputError(
-                f"data: {dataset.path} and {first[0].path} were made with different tokenizers "
+                f"data: {name} and {first[0]} were made with different tokenizers "
                 f"({digest[:12]} and {first[1][:12]}), and a run has one; prepare the text of "
-                f"{dataset.path} again with --tokenizer {first[0].tokenizer_dir}"
+                f"{name} again with --tokenizer {first[2]}"
             )
 
 
