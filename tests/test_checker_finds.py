@@ -5,12 +5,14 @@ from pathlib import Path
 
 import pytest
 
-triton = pytest.importorskip("triton", reason="Triton is not installed")
+pytest.importorskip("triton", reason="Triton is not installed")
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip(
         "needs TRITON_INTERPRET=1, which tests/conftest.py sets where there is no GPU",
         allow_module_level=True,
     )
+
+import triton
 
 from fastbert_kernels.checker.cases import carry_out
 from tests import wrong_kernels
