@@ -12,6 +12,8 @@ if os.environ.get("TRITON_INTERPRET") != "1":
         allow_module_level=True,
     )
 
+import triton
+
 from fastbert_kernels.checker.cases import carry_out
 from tests import wrong_kernels
 from tests.right_kernels import BLOCK_POINTERS, RIGHT, ROUNDING, WAITING
