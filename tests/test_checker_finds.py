@@ -91,7 +91,6 @@ def test_nothing_is_found_in_a_right_kernel(name):
 
 
 def test_block_pointers_run_until_triton_removes_them():
-    import triton
 
     report = carry_out(BLOCK_POINTERS)
     if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9):
