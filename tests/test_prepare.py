@@ -492,11 +492,13 @@ def test_progress_and_left_out_files(
     folder.mkdir()
     (folder / "a.jsonl").write_bytes(english_jsonl.read_bytes())
     (folder / "b.md").write_text("x")
+    (folder / "c.json").write_text('[{"text": "x"}]')
     monkeypatch.setattr(progress, "LINE_EVERY_S", 0.01)
     prepare([folder], tmp_path / "dataset", vocab_size=500, workers=1)
     captured = capsys.readouterr()
     assert captured.out == ""
     assert f"left out (unknown suffix): 1: {folder / 'b.md'}" in captured.err
+    assert f"--format json reads it): 1: {folder / 'c.json'}" in captured.err
     assert re.search(r"^prepare: training the vocabulary, \d+ s$", captured.err, re.MULTILINE)
     assert re.search(
         r"^prepare: documents, sentences, tokens, \d+ %, \d+ s$", captured.err, re.MULTILINE

@@ -43,7 +43,8 @@ ARCHIVES = {
 }
 
 
-SUFFIX = "unknown suffix"  # a reason to leave a file out
+# Reasons to leave a file of a folder out.
+SUFFIX, JSON = "unknown suffix", "may hold settings; --format json reads it"
 # What Dataset.save_to_disk of Hugging Face writes beside its .arrow files.
 _STATE, _INFO = "state.json", ("state.json", "dataset_info.json", "dataset_dict.json")
 
@@ -107,7 +108,7 @@ def find_sources(
                 if source:
                     found.append(source)
                 else:
-                    left_out.append(item if isinstance(item, LeftOut) else LeftOut(item, SUFFIX))
+                    left_out.append(item if isinstance(item, LeftOut) else _left_out(item))
             if not found:
                 raise _nothing_in(path, text_format)
         else:
@@ -165,7 +166,7 @@ def _remote_sources(url: Url, text_format: str | None, left_out: list[LeftOut]) 
         elif (source := _source(url / name, text_format, True)) is not None:
             found.append(source)
         else:
-            left_out.append(LeftOut(url / name, SUFFIX))
+            left_out.append(_left_out(url / name))
     if not found:
         raise _nothing_in(url, text_format)
     return found
@@ -311,6 +312,10 @@ def _source(path: Place, text_format: str | None, in_folder: bool) -> Source | N
         fits = suffix in FORMATS[text_format] or not suffix or suffix[1:].isdigit()
         known = text_format if fits or not in_folder else None
     return Source(path, known, compression) if known else None
+
+
+def _left_out(path: Place) -> LeftOut:
+    return LeftOut(path, JSON if _suffix(path)[0] == ".json" else SUFFIX)
 
 
 def _nothing_in(folder: Place, text_format: str | None) -> InputError:
