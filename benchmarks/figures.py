@@ -144,6 +144,7 @@ FIGURES: dict[str, tuple[str, Callable[[Record], str]]] = {
     "downstream": ("downstream", _downstream),
     "sweep": ("sweep", _sweep),
     "architectures": ("architectures", _architectures),
+    "architectures_tasks": ("architectures_tasks", _architectures),
 }
 
 
