@@ -89,6 +89,7 @@ def test_the_record_can_be_shown_without_compiling():
             )
 
 
+@pytest.mark.slow
 def test_planted_faults_are_found():
     result = run_module("tests.planted_kernels")
     assert result.returncode == 0, result.stderr

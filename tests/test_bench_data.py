@@ -35,6 +35,7 @@ def both(
     return open_dataset(folder / "fastbert"), folder / "datasets"
 
 
+@pytest.mark.slow
 def test_both_sides_have_the_same_ids(both: tuple[TokenDataset, Path]) -> None:
     assert check_same_ids(*both) == 40
 

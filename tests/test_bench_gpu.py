@@ -119,6 +119,7 @@ def until(true, what: str) -> None:
 # ------------------------------------------------------------------------------ the whole flow
 
 
+@pytest.mark.slow
 def test_every_part_can_be_loaded_in_the_image(image):
     names = sorted(
         f"benchmarks.gpu.{path.stem}"

@@ -64,6 +64,7 @@ def test_everything_runs_dry_and_is_reported(tmp_path):
     assert all(row["error_over_allowed"] <= 1 for row in rows if row["implementation"] == "cpu")
 
 
+@pytest.mark.slow
 def test_a_folder_that_is_not_empty_is_refused(tmp_path):
     (tmp_path / "report.md").touch()
     result = run("benchmarks", "--out", tmp_path, "--dry-run")

@@ -36,6 +36,7 @@ def test_the_difference_and_the_noise_of_seeds(rows):
     assert "| +11.0000 | 1.4577 | no |" in lines[3]
 
 
+@pytest.mark.slow
 def test_both_sides_have_the_same_blocks_and_other_windows(tmp_path: Path) -> None:
     text, size = tmp_path / "text.jsonl", block_writer.BLOCK_BYTES
     with open(text, "w") as file:

@@ -167,6 +167,7 @@ def test_a_kill_in_the_middle_of_a_request(lab, proxy, tmp_path):
     equal(trial, lab.undisturbed(1, 0))
 
 
+@pytest.mark.slow
 def test_damaged_checkpoints_are_skipped(lab, proxy, tmp_path):
     trial = BucketTrial(tmp_path / "a", proxy, lab.dataset)
     with trial.start(FASTBERT_FAILPOINT="publishing@4") as ranks:
@@ -184,6 +185,7 @@ def test_damaged_checkpoints_are_skipped(lab, proxy, tmp_path):
     equal(trial, lab.undisturbed(1, 0))
 
 
+@pytest.mark.slow
 def test_a_store_that_throttles_and_cuts_changes_no_loss(lab, proxy, dataset_url, tmp_path):
     trial = BucketTrial(tmp_path / "a", proxy, dataset_url)
     faults = [Faults("503", 3, "PUT"), Faults("cut", 2, "GET .*train"), Faults("lose", 1, "owners")]
@@ -254,6 +256,7 @@ def test_a_stalled_fetch_is_named(lab, proxy, dataset_url, tmp_path):
         assert f"at fetching {dataset_url}" in ranks.errors and "storage.py" in ranks.errors
 
 
+@pytest.mark.slow
 def test_bad_input_is_said_before_anything_is_written(lab, proxy, tmp_path):
     trial = BucketTrial(tmp_path / "a", proxy, lab.dataset)
     storage.write(trial.url / "thesis.txt", b"mine")

@@ -258,6 +258,7 @@ def test_wrong(kernel_checker):
 """
 
 
+@pytest.mark.slow
 def test_the_plugin_runs_checks_where_it_is_asked_to(tmp_path):
     (tmp_path / "test_suite.py").write_text(SUITE, encoding="utf-8")
     run = ("-m", "pytest", "-q", "--strict-markers", "-p", "fastbert_kernels.checker.plugin")

@@ -48,7 +48,7 @@ def test_another_rank_dies(lab):
     assert tally.passed and tally.tried == len(ON_EVERY_RANK), str(tally)
 
 
-@pytest.mark.parametrize("point", BESIDE_A_DAMAGED_ONE)
+@pytest.mark.parametrize("point", typical(BESIDE_A_DAMAGED_ONE, "moved-aside"))
 def test_it_dies_while_a_damaged_checkpoint_makes_room(lab, point):
     trial = lab.trial().copy_of(lab.undisturbed(1, 0))
     before, damaged = trial.checkpoints[-2:]

@@ -293,6 +293,7 @@ def test_a_field_of_a_field(tmp_path: Path, options: dict[str, bool]) -> None:
 
 
 @pytest.mark.parametrize("kind", ["repeated", "repeated prefix", "one large among small"])
+@pytest.mark.slow
 def test_parquet_that_expands_is_read_in_pieces(tmp_path: Path, kind: str) -> None:
     """The file has a few kB on disk and 2 GB as text, or rows far from the mean size."""
     large = "x" * (1 << 20)

@@ -4,8 +4,8 @@ This is checked for three generations of GPUs, on the newest and the oldest vers
 are supported. Machine code takes a second for each of 698 kinds of launches, so the work is
 divided:
 
-- The default tier runs Triton's front end for the launches of the model on sm_90 with both
-  versions. The front end is where the compiler rejects what the interpreter accepts; another
+- The default tier runs Triton's front end for the launches of the model on sm_90 with the newest
+  version. The front end is where the compiler rejects what the interpreter accepts; another
   architecture only means other tiles.
 - `slow` runs the front end for every launch on each architecture with both versions. It makes
   machine code of every launch of the model for sm_80 with the oldest version and for sm_100 with
@@ -27,6 +27,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.compiled.launches import unreached
+from tests.tiers import slow
 from tests.uninterpreted import ROOT, run_module
 
 # `make test` puts the oldest Triton there that pyproject.toml allows.
@@ -75,7 +76,7 @@ def test_every_launch_passes_the_front_end_of_the_oldest_triton(oldest):
     assert_all_compile(launches("--front-end", triton=oldest), ARCHITECTURES)
 
 
-@pytest.mark.parametrize("triton", ["newest", "oldest"])
+@pytest.mark.parametrize("triton", ["newest", slow("oldest")])
 def test_every_launch_of_the_model_passes_the_front_end(oldest, triton):
     result = launches(
         *("--front-end", "--only", "model", "--architecture", "sm_90"),
@@ -115,6 +116,7 @@ def replace(path: Path, *changes: tuple[str, str]) -> None:
     path.write_text(text, encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_none_inside_a_tuple_is_found(kernels):
     """The interpreter accepts it, and no compiler does."""
     none = "    chunks = ()\n    if ptr is None:\n        chunks += (None,)\n    else:"

@@ -80,6 +80,7 @@ print(queue.get(timeout=60))
 """
 
 
+@pytest.mark.slow
 def test_a_forked_process_computes_too(original):
     done = subprocess.run(
         [sys.executable, "-c", FORKED, str(original)],

@@ -15,7 +15,7 @@ from fastbert.models.heads import losses
 from fastbert.recipe import load_config
 from fastbert.training.optimizer import build_optimizer
 from fastbert.training.schedule import factor
-from tests.tiers import slow, typical
+from tests.tiers import slow
 from tests.trials import Laboratory, Trial
 
 STEPS = 50
@@ -180,7 +180,8 @@ def leg(trial: Trial, world: int, until: int, parameters: str = "fp32") -> Trial
     return trial
 
 
-@pytest.mark.parametrize("legs", typical(LEGS, "all"))
+@pytest.mark.slow
+@pytest.mark.parametrize("legs", LEGS)
 def test_a_run_may_change_its_ranks_stage_and_precision(lab, constant, rounding, legs):
     if (
         any(precision == "bf16" for *_, precision in LEGS[legs])

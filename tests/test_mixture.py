@@ -171,6 +171,7 @@ def test_a_wrong_next_sentence_comes_from_the_same_source(datasets):
 # Batches
 
 
+@pytest.mark.slow
 def test_ranks_share_the_same_examples_of_a_mixture(datasets):
     batches = Batches(datasets, recipe(datasets, 96))
     counts = np.zeros(3, int)

@@ -19,7 +19,7 @@ from fastbert.training.parallel_model import ParallelModel
 from fastbert.training.schedule import factor
 from tests.test_engine import CONFIG, engine, new_model, sgd, state_of
 from tests.test_rounded_operands import BF16, distance, step
-from tests.tiers import slow, typical
+from tests.tiers import typical
 from tests.trials import Laboratory
 
 MODEL = ModernBertConfig(
@@ -57,7 +57,8 @@ def test_a_step_is_the_gradient_of_the_whole_batch(small_dataset, stage, model):
     assert result.loss_nsp is None and result.accuracy_nsp is None
 
 
-@pytest.mark.parametrize("stage", [0, slow(3)])
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [0, 3])
 def test_so_is_a_step_on_the_triton_kernels(small_dataset, stage, monkeypatch):
     """At stage 3 the weights of each module are gathered for its own forward pass."""
     model = dataclasses.replace(MODEL, num_hidden_layers=2)
@@ -79,6 +80,7 @@ def test_so_is_a_step_on_the_triton_kernels(small_dataset, stage, monkeypatch):
         torch.testing.assert_close(before[name] - after[name], p.grad, rtol=1e-3, atol=2e-6)
 
 
+@pytest.mark.slow
 def test_packs_in_processes_have_the_losses_and_gradients_of_packs_in_turn(small_dataset):
     config = dataclasses.replace(CONFIG, model=UNTIED, objective=MLM)
     packs = Batches(small_dataset, config).step(0, at_once=2)[:2]

@@ -142,6 +142,7 @@ def test_too_many_in_a_row_end_the_run(lab, small_dataset, world, stage):
     assert trial.records("stop")[-1]["step"] == skips[-1]["step"]
 
 
+@pytest.mark.slow
 def test_a_loss_is_never_averaged_away(lab):
     """The loss of one rank is not finite, and both ranks skip the step together."""
     trial = lab.trial(*FEW, "stop.skipped=20", stage=1)

@@ -18,7 +18,6 @@ from fastbert.tasks.load import load
 from fastbert.tasks.run_report import report
 from tests.mixed_runs import PHASES, newest, records, refusal, train, write
 from tests.ranks import Ranks
-from tests.tiers import slow
 
 
 @pytest.fixture
@@ -161,7 +160,8 @@ def test_phases_change_the_run_and_are_reported(two_sources, tmp_path):
     assert evaluate(model, two_sources[0].path, 8).sequences == 8
 
 
-@pytest.mark.parametrize("world", [slow(1), 2])
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [1, 2])
 def test_a_run_killed_at_the_border_of_a_phase_continues_to_the_last_digit(
     two_sources, tmp_path, world
 ):

@@ -116,6 +116,7 @@ def lab(tmp_path_factory, small_dataset) -> Laboratory:
     return Laboratory(tmp_path_factory.mktemp("pictures"), small_dataset.path)
 
 
+@pytest.mark.slow
 def test_a_run_with_two_dollar_signs_in_its_name(lab, capsys):
     """Such a run is trained, resumed and reported."""
     trial = lab.trial(steps=3)

@@ -223,6 +223,7 @@ def test_without_a_checkpoint_or_a_dataset_the_rest_is_there(run, small_dataset,
     assert "without a checkpoint" in words and "Recipe" in words and 'class="sample"' not in words
 
 
+@pytest.mark.slow
 def test_only_an_earlier_report_is_replaced(run, tmp_path):
     out = tmp_path / "x.html"
     out.touch()

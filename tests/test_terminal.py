@@ -127,6 +127,7 @@ def test_a_stream_that_is_closed_is_no_error_and_gets_no_file(tmp_path):
     assert command("2>&-", "pretrain", "nothing", cwd=tmp_path)[:2] == (2, "")
 
 
+@pytest.mark.slow
 def test_letters_that_the_terminal_lacks_are_escaped(folder, tmp_path):
     script = "from fastbert.cli import main; main()"
     arguments = ["fill-mask", str(folder), "中文 é [MASK]"]

@@ -27,6 +27,7 @@ def on_a_copy(lab: Laboratory, small_dataset, stage: int = 0) -> Trial:
     return trial
 
 
+@pytest.mark.slow
 def test_a_dataset_deleted_while_training(lab, small_dataset):
     """Mapped files stay readable, so the run ends well, but it cannot be resumed."""
     trial = on_a_copy(lab, small_dataset)
