@@ -138,6 +138,21 @@ def as_text(text: str) -> str:
     return str(place(text)) if _URL.fullmatch(text) else text
 
 
+@contextlib.contextmanager
+def answering(at: Place | None = None) -> Iterator[None]:
+    """Raise InputError where a store or disk does not answer.
+
+    Args:
+        at: is named where the error names no file.
+    """
+    try:
+        yield
+    except OSError as error:
+        where = error.filename or at
+        reason = error.strerror or error
+        raise InputError(f"{where}: {reason}" if where else str(reason)) from error
+
+
 @dataclass(frozen=True)
 class Entry:
     """An object below a folder: its name relative to the folder, with slashes, and its bytes."""

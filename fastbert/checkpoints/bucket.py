@@ -238,11 +238,8 @@ def checkpoint_steps(url: Url) -> list[int]:
     Raises:
         OSError, InputError: as storage.objects.
     """
-    bucket = Bucket(url)
-    try:
+    with contextlib.closing(Bucket(url)) as bucket:
         return sorted({attempt.step for attempt in bucket.checkpoints()})
-    finally:
-        bucket.close()
 
 
 def fetch_checkpoint(url: Url, step: int | None = None) -> Checkpoint:
@@ -258,9 +255,8 @@ def fetch_checkpoint(url: Url, step: int | None = None) -> Checkpoint:
     Raises:
         InputError: there is no run with such a checkpoint, or the store does not answer.
     """
-    bucket = Bucket(url)
     complaints: list[str] = []
-    try:
+    with storage.answering(url), contextlib.closing(Bucket(url)) as bucket:
         for attempt, there in bucket.checkpoints().items():
             if step is not None and attempt.step != step:
                 continue
@@ -273,10 +269,6 @@ def fetch_checkpoint(url: Url, step: int | None = None) -> Checkpoint:
                 if (problem := copy.problem) is None:
                     return copy.checkpoint
             complaints.append(f"{url / CHECKPOINTS / attempt.name}: damaged: {problem}")
-    except OSError as error:
-        raise InputError(f"{error.filename or url}: {error.strerror or error}") from None
-    finally:
-        bucket.close()
     raise InputError(
         f"{url}: a run without a valid checkpoint: {complaints[0]}"
         if complaints

@@ -59,7 +59,7 @@ class Blocks:
 
     def windows(self, size: int) -> int:
         """Return how many windows of `size` bytes an epoch has; the last takes the remainder."""
-        return max(1, len(self) // per_window(size))
+        return windows_of(len(self), size)
 
     def name(self, block: int) -> str:
         """Return the name of the shard of a block within the dataset."""
@@ -112,6 +112,11 @@ class Blocks:
 def per_window(size: int) -> int:
     """Return the blocks in a window of `size` bytes of ids."""
     return max(1, size // BLOCK_BYTES)
+
+
+def windows_of(blocks: int, size: int) -> int:
+    """Return how many windows of `size` bytes a number of blocks has."""
+    return max(1, blocks // per_window(size))
 
 
 COUNTS = ("documents", "sentences", "tokens")

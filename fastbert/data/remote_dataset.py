@@ -11,7 +11,7 @@ from typing import Any
 
 from fastbert import storage
 from fastbert.cache import Copy, limit, workspace
-from fastbert.data.block_table import Blocks, per_window, read_table, shard_name
+from fastbert.data.block_table import Blocks, read_table, shard_name, windows_of
 from fastbert.data.format_3 import TABLE, part_name
 from fastbert.data.manifest import MANIFEST, SPLITS
 from fastbert.data.remote_blocks import BEHIND, FETCHED, RemoteBlocks, make_empty
@@ -74,7 +74,7 @@ def _blocks(url: Url, manifest: dict[str, Any], window: int) -> tuple[int, bool]
     """Return the blocks to train on, and whether an epoch has several windows of them."""
     tables = (f"{part_name(number)}/{TABLE}" for number in range(len(manifest["parts"])))
     train = sum(int((read_table(storage.read(url / name))["split"] == 0).sum()) for name in tables)
-    return train, train // per_window(window) > 1
+    return train, windows_of(train, window) > 1
 
 
 def with_remote_blocks(blocks: Blocks, url: Url) -> Blocks:
@@ -91,12 +91,10 @@ def fetch_dataset(url: Url) -> Path:
     Raises:
         InputError: as `dataset_copy`, or the store does not answer.
     """
-    try:
+    with storage.answering(url):
         copy = dataset_copy(url)
         for _ in copy:
             pass
-    except OSError as error:
-        raise InputError(f"{error.filename or url}: {error.strerror or error}") from None
     return copy.path
 
 

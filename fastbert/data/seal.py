@@ -19,7 +19,7 @@ from fastbert.config import OrderConfig
 from fastbert.data import baselines
 from fastbert.data.assemble import HELDOUT, TRAIN, Shard, read_shard
 from fastbert.data.block_split import BlockSplit
-from fastbert.data.block_table import Blocks, per_window
+from fastbert.data.block_table import Blocks, windows_of
 from fastbert.data.block_writer import BlockWriter
 from fastbert.data.blocks import BLOCK_BYTES
 from fastbert.data.byte_level import rounded_up
@@ -200,7 +200,7 @@ def _check_new(job: Job, old: dict[str, Any] | None, table: np.ndarray) -> None:
 def _stretches(job: Job, table: np.ndarray, dtype: np.dtype) -> int | None:
     """Return how many stretches of text a window mixes; None where one window has all text."""
     train = table[table["split"] == TRAIN]
-    if len(train) // per_window(WINDOW) <= 1:
+    if windows_of(len(train), WINDOW) == 1:
         return None
     ids = int(train["tokens"].sum(dtype=np.int64)) * dtype.itemsize
     return round(WINDOW / job.plan.stretch(ids, BLOCK_BYTES))

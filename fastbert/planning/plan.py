@@ -273,10 +273,8 @@ def _is_there(path: str) -> bool:
     at = place(path)
     if isinstance(at, Path):
         return status(at) is not None
-    try:
+    with storage.answering(at):
         return storage.size(at / MANIFEST) is not None
-    except OSError as error:
-        raise InputError(f"{error.filename or at}: {error.strerror or error}") from None
 
 
 def plan(

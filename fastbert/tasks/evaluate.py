@@ -32,7 +32,7 @@ from fastbert.data.tokenizer import load_tokenizer, same_tokens
 from fastbert.errors import Diverged, InputError
 from fastbert.models.bert import BertForPreTraining
 from fastbert.tasks.pretrained import Pretrained
-from fastbert.training.heldout import mean_baselines
+from fastbert.training.heldout import mean_baselines, mean_by_share
 from fastbert.training.verified_dataset import open_sources
 
 MASKED, RANDOM, UNCHANGED = "[MASK]", "random", "unchanged"
@@ -194,15 +194,15 @@ def _together(sources: dict[str, Evaluation], shares: Sequence[float]) -> Evalua
     found = list(sources.values())
 
     def mean(parts: Sequence[Figures | None]) -> Figures | None:
-        given = [(p, share) for p, share in zip(parts, shares, strict=True) if p and share]
+        given = [part for part, share in zip(parts, shares, strict=True) if part and share]
         if not given:
             return None
-        total, kind = sum(share for _, share in given), type(given[0][0])
         values = {
-            f.name: sum(getattr(part, f.name) * share for part, share in given) / total
-            for f in fields(kind)
+            f.name: mean_by_share([getattr(part, f.name, None) for part in parts], shares)
+            for f in fields(given[0])
         }
-        return kind(**{**values, "count": sum(part.count for part, _ in given)})  # type: ignore[arg-type]
+        count = sum(part.count for part in given)
+        return type(given[0])(**{**values, "count": count})  # type: ignore[arg-type]
 
     def by_class(groups: Sequence[dict[str, Masked]]) -> dict[str, Masked]:
         names = dict.fromkeys(name for group in groups for name in group)

@@ -94,13 +94,11 @@ def report(run: str | Path, out: str | Path | None = None, sequences: int | None
 
 def _fetch_records(url: Url, folder: Path) -> None:
     """Copy what a page is made of, but the checkpoint."""
-    try:
+    with storage.answering(url):
         for name in ("config.toml", "metrics.jsonl", "log.txt"):
             if (length := storage.size(url / name)) is not None:
                 for _ in storage.fetch(url / name, folder / name, length, None):
                     pass
-    except OSError as error:
-        raise InputError(f"{error.filename or url}: {error.strerror or error}") from None
 
 
 def _report(at: Place, run: Path, out: Path, sequences: int | None) -> Path:

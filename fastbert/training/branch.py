@@ -17,8 +17,7 @@ from fastbert.data.streams import Streams
 from fastbert.errors import InputError
 from fastbert.presence import is_folder
 from fastbert.recipe import parse_config
-from fastbert.storage import Url, place
-from fastbert.training.rounds import answering
+from fastbert.storage import Url, answering, place
 from fastbert.training.train_state import TrainState
 
 ORIGIN = "origin"  # in the metadata of a branch's checkpoints: its `Position`

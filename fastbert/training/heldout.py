@@ -70,15 +70,18 @@ def together(found: Sequence[HeldOut], shares: Sequence[float]) -> HeldOut:
     """
     if len(found) == 1:
         return found[0]
-    values: dict[str, float | None] = {}
-    for field in fields(HeldOut):
-        given = [
-            (getattr(one, field.name), share) for one, share in zip(found, shares, strict=True)
-        ]
-        given = [(value, share) for value, share in given if value is not None and share]
-        total = sum(share for _, share in given)
-        values[field.name] = sum(v * share for v, share in given) / total if given else None
+    values = {
+        field.name: mean_by_share([getattr(one, field.name) for one in found], shares)
+        for field in fields(HeldOut)
+    }
     return HeldOut(**values)  # pyright: ignore[reportArgumentType]
+
+
+def mean_by_share(values: Sequence[float | None], shares: Sequence[float]) -> float | None:
+    """Return the mean of the values that are there, weighted by their shares; None without any."""
+    given = [(v, share) for v, share in zip(values, shares, strict=True) if v is not None and share]
+    total = sum(share for _, share in given)
+    return sum(v * share for v, share in given) / total if given else None
 
 
 def mean_baselines(found: Sequence[dict[str, float]], shares: Sequence[float]) -> dict[str, float]:

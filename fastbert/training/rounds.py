@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Generator, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Generator, Iterable
+from contextlib import nullcontext
 
 from fastbert.cluster.group import Group
-from fastbert.errors import InputError
+from fastbert.storage import answering
 from fastbert.terminal import tell
 
 LINE_EVERY_S = 5.0  # between progress lines; most work is done before the first
@@ -57,13 +57,3 @@ def in_rounds(work: Iterable[tuple[int, int]], what: str, group: Group | None) -
     finally:
         if isinstance(steps, Generator):
             steps.close()
-
-
-@contextmanager
-def answering() -> Iterator[None]:
-    """Raise InputError where a store or disk does not answer, before a run has begun."""
-    try:
-        yield
-    except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        raise InputError(f"{where}{error.strerror or error}") from error

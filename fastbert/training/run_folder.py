@@ -15,7 +15,7 @@ from fastbert.errors import InputError
 from fastbert.presence import unreadable
 from fastbert.recipe import dump_config
 from fastbert.regular_file import read_bytes
-from fastbert.training.rounds import answering
+from fastbert.storage import answering
 from fastbert.training.setup import Setup
 
 SHARED_DISK_S = 20.0  # how long another machine may take to see a new file on a shared disk

@@ -16,10 +16,10 @@ from fastbert.config import RunConfig
 from fastbert.data.dataset import TokenDataset
 from fastbert.errors import InputError
 from fastbert.presence import is_folder, names_in, status, unreadable
-from fastbert.storage import Url
+from fastbert.storage import Url, answering
 from fastbert.training.branch import open_parent
 from fastbert.training.metrics import read_metrics
-from fastbert.training.rounds import answering, in_rounds
+from fastbert.training.rounds import in_rounds
 from fastbert.training.same_run import check_same_run
 
 DISK = "lost+found"  # a new disk contains this folder

@@ -16,8 +16,8 @@ from fastbert.data.dataset import TokenDataset, open_dataset
 from fastbert.data.remote_dataset import dataset_copy, with_remote_blocks
 from fastbert.data.tokenizer import load_tokenizer
 from fastbert.errors import InputError
-from fastbert.storage import Url, place
-from fastbert.training.rounds import answering, in_rounds
+from fastbert.storage import Url, answering, place
+from fastbert.training.rounds import in_rounds
 
 
 def open_sources(
