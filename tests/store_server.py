@@ -63,7 +63,8 @@ class Proxy:
                     return
                 data = self.body()
                 if fault == "503":
-                    return self.answer(503, {"Content-Type": "application/xml"}, SLOW_DOWN)
+                    text = b"" if self.command == "HEAD" else SLOW_DOWN
+                    return self.answer(503, {"Content-Type": "application/xml"}, text)
                 upstream = http.client.HTTPConnection("127.0.0.1", server_port)
                 headers = {k: v for k, v in self.headers.items() if k != "Expect"}
                 upstream.request(self.command, self.path, data, headers)

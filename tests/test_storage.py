@@ -157,9 +157,9 @@ def test_a_store_that_keeps_failing_raises_an_error_with_the_url(proxy, monkeypa
     proxy.fault = Faults("503", 10**6, ".")
     at = Url(f"s3://{BUCKET}/x")
     with pytest.raises(
-        OSError, match=f"reduce your request rate.*{storage.ATTEMPTS} attempts"
+        OSError, match=f"(503|Service Unavailable).*{storage.ATTEMPTS} attempts"
     ) as error:
-        storage.read(at)
+        storage.read(at)  # asks by HEAD, whose answer has no body
     assert error.value.filename == str(at)
     assert len(proxy.requests) == storage.ATTEMPTS
 
