@@ -4,10 +4,12 @@ glibc returns every block above 32 MB to the system at once, and trims the top o
 step then causes page faults for its temporaries. (Filling 49 MB on one thread of an AMD EPYC takes
 21.8 ms, and 1.9 ms with the heap kept.)
 
-oneDNN caches the last 1,024 operations that it has built, each for exact shapes and with its
-workspace. Packs have other shapes at every step, so these operations are never used again, and they
-fragment the heap. (With recipes/library.toml on the same machine, a run takes 1,640 MB after 120
-steps and 2,400 MB at the end. With a cache of 32 it takes 760 MB, in no more time.)
+oneDNN caches the last 1,024 operations that it has compiled, each for exact shapes. Rounded factors
+have few shapes (fastbert_kernels/_linear.py), whose products come again and again: compiling them
+anew took half of a step's time with AMX. Other operations have the shapes of one pack, are never
+used again, and fragment the heap. A cache of 256 keeps the former and little of the latter: 440 MB
+for recipes/library.toml in bf16 after 100 steps, and 475 MB with 1,024 (Intel Xeon). In fp32, with
+no products that come again, a run took 2,400 MB at its end with 1,024 (AMD EPYC).
 """
 
 import ctypes
@@ -16,9 +18,8 @@ import sys
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 _KEEP = (1 << 31) - 1  # bytes; the largest value that mallopt accepts
-_OPERATIONS = "32"  # a step has about a dozen
-# The cache of oneDNN itself, and the one that torch puts in front of it.
-CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
+# Operations in the cache of oneDNN itself, and in the one that torch puts before it in fp32.
+CACHES = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "256", "LRU_CACHE_CAPACITY": "32"}
 
 
 def keep_heap() -> None:
@@ -27,8 +28,8 @@ def keep_heap() -> None:
     oneDNN is configured by environment variables. A user's own values take precedence, and child
     processes inherit them. The heap is left alone on systems other than Linux with glibc.
     """
-    for cache in CACHES:
-        os.environ.setdefault(cache, _OPERATIONS)
+    for cache, operations in CACHES.items():
+        os.environ.setdefault(cache, operations)
     if sys.platform == "linux":
         libc = ctypes.CDLL(None)
         if hasattr(libc, "gnu_get_libc_version"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastbert_kernels import _linear, _processor, linear
+from fastbert_kernels import _linear, _processor, linear, masked_cross_entropy
 
 SHAPES = [
     (1, 1, 1),
@@ -108,6 +108,7 @@ def test_the_maker_of_the_processor_decides(monkeypatch, tmp_path):
 
 # With operands in bf16. `TOO_FEW` has just fewer multiplications than are rounded.
 BF16 = torch.bfloat16
+# 1,900 and 300 get rows of zeros, 64 gets none.
 LARGE, TOO_FEW = [(300, 128, 4096), (1900, 256, 1024), (64, 256, 256)], (63, 256, 256)
 
 
@@ -160,6 +161,38 @@ def test_a_product_that_is_kept_rounded_has_the_same_values():
     (of_rounded,) = torch.autograd.grad(linear(rounded, weight, bias, operands=BF16), rounded, dy)
     assert of_rounded.dtype == BF16
     assert torch.equal(of_rounded.float(), dx)
+
+
+def compiled(capfd, compute) -> int:
+    """How many operations oneDNN compiles for a computation."""
+    with torch.backends.mkldnn.verbose(torch.backends.mkldnn.VERBOSE_ON_CREATION):
+        compute()
+    return capfd.readouterr().out.count("create:cache_miss")
+
+
+def layer(rows):
+    x, weight, bias, dy = operands(rows, 128, 512)
+    results(lambda *arguments: linear(*arguments, operands=BF16), x, weight, bias, dy)
+
+
+def loss(rows):
+    x, weight, bias, _ = operands(rows, 128, 2048)
+    factors = [tensor.requires_grad_() for tensor in (x, weight, bias)]
+    labels = torch.arange(rows)
+    value, *_ = masked_cross_entropy(*factors, None, labels, total=rows, operands=BF16)
+    value.backward()
+
+
+@pytest.mark.usefixtures("bf16_products")
+@pytest.mark.parametrize("compute", [layer, loss])
+def test_packs_of_similar_sizes_have_the_same_shapes(compute, capfd):
+    """Compiling a product takes longer than the product."""
+    assert compiled(capfd, lambda: compute(833)) >= 3 or not _processor.has_bf16_instructions()
+    for rows in (834, 860, 896):
+        assert compiled(capfd, lambda rows=rows: compute(rows)) == 0
+    compute(241)
+    for rows in (242, 256):
+        assert compiled(capfd, lambda rows=rows: compute(rows)) == 0
 
 
 def test_small_products_are_not_rounded():

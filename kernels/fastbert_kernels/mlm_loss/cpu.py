@@ -10,7 +10,8 @@ backward pass: the three gradients, which it only scales (by 1 in ordinary train
 gradients (evaluation) only the losses are computed. Ignored tokens go through the products with
 label 0; then their losses and their rows of dz are set to zero.
 
-With operands in bf16, h, W and dz are rounded for the three products, as `_linear.py` describes.
+With operands in bf16, h, W and dz are rounded for the three products, and ignored tokens follow the
+last one, so that few shapes occur, as `_linear.py` describes.
 """
 
 from typing import Any
@@ -20,6 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastbert_kernels._function import Function, Gradients
+from fastbert_kernels._linear import missing_rows
 from fastbert_kernels.mlm_loss.reference import IGNORED, Result
 
 # Logits held at once, 64 MB in fp32. MKL needs 300 rows and more to be fast: with 16 MB the loss
@@ -57,6 +59,10 @@ class _MaskedCrossEntropy(Function):
     ) -> Result:
         rows = hidden if positions is None else hidden.index_select(0, positions)
         rows, weight, bias = (x.to(factors) for x in (rows, weight, bias))
+        count = len(rows)
+        if factors == torch.bfloat16 and (missing := missing_rows(rows)):
+            rows = torch.cat([rows, rows.new_zeros(missing, rows.shape[1])])
+            labels = torch.cat([labels, labels.new_full((missing,), IGNORED)])
         wide = torch.promote_types(factors, torch.float32)
         size = max(1, _SLAB // weight.shape[0])
         losses = rows.new_empty(len(rows), dtype=wide)
@@ -89,10 +95,11 @@ class _MaskedCrossEntropy(Function):
         if gradients is not None:
             drows, dbias = gradients
             dweight = torch.zeros_like(weight) if dweight is None else dweight
-            gradients = drows, dweight, dbias
+            gradients = drows[:count], dweight, dbias
             ctx.save_for_backward(*(x.to(hidden.dtype) for x in gradients), positions)
             ctx.tokens = len(hidden)
         losses[ignored], correct[ignored] = 0, False
+        losses, correct = losses[:count], correct[:count]
         ctx.mark_non_differentiable(losses, correct)
         return losses.sum() / total, losses, correct
 
