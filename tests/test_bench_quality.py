@@ -137,7 +137,7 @@ def test_how_many_times_sooner(small_dataset, tmp_path):
 
 @pytest.mark.slow
 def test_a_short_one_runs_and_what_is_finished_is_not_made_again(small_dataset, tmp_path):
-    runs = tmp_path / "quality-runs" / small_dataset.sha256[:8]
+    runs = tmp_path / "quality-runs" / small_dataset.sha256[:8] / "fp32"
     runs.mkdir(parents=True)
     finished = runs / f"{Run(SAME, 3.0, 1).name}.jsonl"
     curve = [

@@ -1,10 +1,11 @@
 """Time to quality: `fastbert pretrain` against transformers' Trainer, with equal time and cores.
 
     python -m benchmarks.quality.bench_quality data/wiki --out FOLDER [--seconds 180] \\
-        [--seeds 1 2 3] [--quick]
+        [--seeds 1 2 3] [--precision bf16] [--quick]
 
 Both sides have the same dataset (so the same text, tokenizer and split), model sizes and heap
-setting. Both train in fp32, with one thread on a core of its own. Two runs execute at a time, so
+setting. Both train in fp32, or with --precision bf16 both in bf16, ours as in training and the
+Trainer under autocast. Each run has one thread on a core of its own. Two runs execute at a time, so
 that other load on the machine affects both. Ours is the demo's recipe (docs/demo.md) with another
 time limit; `trainer_rival.py` describes how the Trainer is set up. The batch and learning rate of
 the Trainer are the best of GRID by the held-out loss after a third of the time, with a seed that is
@@ -45,7 +46,13 @@ from benchmarks.harness.cores import one_on_each, run_module
 from benchmarks.harness.machine import ROOT, header
 from benchmarks.harness.record import Record, Row
 from benchmarks.harness.tables_and_plots import colour, figure_of, save, table
-from benchmarks.quality.trainer_rival import COMMON, build_model, evaluate, heldout
+from benchmarks.quality.trainer_rival import (
+    PRECISIONS,
+    build_model,
+    common,
+    evaluate,
+    heldout,
+)
 from fastbert.config import BertConfig
 from fastbert.data.dataset import TokenDataset, open_dataset
 from fastbert.models.bert import BertForPreTraining
@@ -104,10 +111,11 @@ class Bench:
     Args:
         dataset: the training data.
         folder: keeps the curves, one file for each finished run.
+        precision: "fp32" or "bf16", of both sides.
     """
 
-    def __init__(self, dataset: TokenDataset, folder: Path):
-        self.dataset, self.folder = dataset, folder
+    def __init__(self, dataset: TokenDataset, folder: Path, precision: str = "fp32"):
+        self.dataset, self.folder, self.precision = dataset, folder, precision
         folder.mkdir(parents=True, exist_ok=True)
 
     def curve(self, run: Run) -> Curve:
@@ -142,9 +150,11 @@ class Bench:
                     }
                     values |= {"evaluate.every": every, "checkpoint.every": 10**9}
                     settings = [f"{key}={value}" for key, value in values.items()]
-                    run_module("fastbert", ["pretrain", RECIPE, *settings, *COMMON], run.name)
+                    settings += common(self.precision)
+                    run_module("fastbert", ["pretrain", RECIPE, *settings], run.name)
                 else:
                     values = {"seconds": run.seconds, "points": POINTS, "seed": run.seed}
+                    values["precision"] = self.precision
                     values |= {"batch": run.batch, "lr": run.lr} if run.batch else {}
                     settings = [f"--{key}={value}" for key, value in values.items()]
                     run_module("benchmarks.quality.trainer_rival", [*where, *settings], run.name)
@@ -165,7 +175,7 @@ class Bench:
 
 def check_that_both_measure_the_same(dataset: TokenDataset) -> None:
     """Raise SystemExit if the two sides evaluate the same weights differently."""
-    config = load_config(RECIPE, [f"data={dataset.path}", *COMMON])
+    config = load_config(RECIPE, [f"data={dataset.path}", *common("fp32")])
     torch.manual_seed(0)
     assert isinstance(config.model, BertConfig)
     mine = BertForPreTraining(config.model, dataset.vocab_size).eval()
@@ -378,8 +388,8 @@ def report(
     ]
     tried = [[str(run.batch), f"{run.lr:g}", *line(run)] for run in search]
     how = (
-        f"{seconds:g} seconds of training, one thread per run on a core of its own; "
-        "losses on held-out text, in nats"
+        f"{seconds:g} seconds of training in {bench.precision}, one thread per run on a core of its "
+        "own; losses on held-out text, in nats"
     )
     return "\n\n".join(
         [
@@ -415,6 +425,9 @@ def main() -> None:
         help=f"seeds of the measured runs (1 2 3); not {SEARCH_SEED}, the search's seed",
     )
     parser.add_argument(
+        "--precision", choices=PRECISIONS, default="fp32", help="of both sides (fp32)"
+    )
+    parser.add_argument(
         "--quick",
         action="store_true",
         help="three seconds, one seed, no search, to check that it works",
@@ -430,7 +443,8 @@ def main() -> None:
 
     dataset = open_dataset(given.dataset.resolve())
     check_that_both_measure_the_same(dataset)
-    bench = Bench(dataset, given.out / "quality-runs" / dataset.sha256[:8])
+    runs = given.out / "quality-runs" / dataset.sha256[:8] / given.precision
+    bench = Bench(dataset, runs, given.precision)
     search = [Run(TRAINER, seconds / SEARCH_SHARE, SEARCH_SEED, *settings) for settings in grid]
     brief = [ours(seconds / part, seed) for seed in seeds for part in shorter]
     bench.make([*search, *brief])

@@ -1,7 +1,7 @@
 """Pre-train BERT with transformers' Trainer, set up as documented: the rival of `bench_quality`.
 
     python -m benchmarks.quality.trainer_rival RECIPE.toml DATASET RUN --seconds 240 --seed 1 \\
-        --points 12 --batch 32 --lr 1e-3
+        --points 12 --batch 32 --lr 1e-3 [--precision bf16]
 
 The model is BertForPreTraining with BertConfig's defaults, except the recipe's sizes. Sentence
 pairs are made once, half of them with a wrong B, as by transformers'
@@ -16,8 +16,8 @@ except batch and learning rate. Three things are more favourable than that:
   evaluations.
 
 Without --batch and --lr the Trainer gets our recipe: batch, AdamW's settings, schedule, dropout and
-exactly our initial weights. Both sides train in fp32 with AdamW and BERT's 15 % of masks, whatever
-the recipe says of these.
+exactly our initial weights. Both sides train with AdamW and BERT's 15 % of masks, whatever the
+recipe says of these, and in the same precision. bf16 is `TrainingArguments(bf16=True)`: autocast.
 
 RUN/metrics.jsonl gets the evaluations, in the format of a fastbert run.
 """
@@ -50,9 +50,17 @@ from fastbert.training.heldout import HeldOut, heldout_means, heldout_sums
 from fastbert.training.metrics import MetricsFile
 from fastbert.training.schedule import factor
 
-# Settings of the recipe that both sides have, so that neither the optimizer nor the masks decide.
-COMMON = ("optimizer.name=adamw", "objective.mask_rate=0.15", "runtime.precision=fp32")
+PRECISIONS = ("fp32", "bf16")
 EVALUATION_TOKENS = 2048  # per forward pass, because the logits of all positions are in memory
+
+
+def common(precision: str) -> list[str]:
+    """The settings that both sides have, so that neither optimizer nor masks nor dtype decide."""
+    return [
+        "optimizer.name=adamw",
+        "objective.mask_rate=0.15",
+        f"runtime.precision={precision}",
+    ]
 
 
 SIZES = (
@@ -294,6 +302,7 @@ def train(
             report_to="none",
             disable_tqdm=True,
             use_cpu=True,
+            bf16=config.runtime.precision == "bf16",
             **optimizer,
         )
         trainer = TimedTrainer(
@@ -328,11 +337,13 @@ def main() -> None:
     parser.add_argument("--points", type=int, required=True, help="number of evaluations")
     parser.add_argument("--batch", type=int, help="sequences per step; requires --lr")
     parser.add_argument("--lr", type=float)
+    parser.add_argument("--precision", choices=PRECISIONS, default="fp32", help="(fp32)")
     given = parser.parse_args()
     keep_heap()
-    config = load_config(given.recipe, [f"data={given.dataset}", f"seed={given.seed}", *COMMON])
-    settings = (given.batch, given.lr) if given.batch and given.lr else None
-    train(config, open_dataset(given.dataset), given.run, given.seconds, given.points, settings)
+    settings = [f"data={given.dataset}", f"seed={given.seed}", *common(given.precision)]
+    config = load_config(given.recipe, settings)
+    tuned = (given.batch, given.lr) if given.batch and given.lr else None
+    train(config, open_dataset(given.dataset), given.run, given.seconds, given.points, tuned)
 
 
 if __name__ == "__main__":
