@@ -22,7 +22,8 @@ from benchmarks.step.bench_step import step_table
 
 ROOT = Path(__file__).parents[1]
 PAGES = tuple(ROOT / name for name in ("README.md", "docs/benchmarks.md", "docs/results.md"))
-MACHINE = "amd-epyc-2-cores"  # the pages quote this machine's results
+MACHINE = "amd-epyc-2-cores"  # the pages quote this machine's results, and one record of the other
+AMX = "intel-r-xeon-r-processor-2-cores"
 
 
 def _machine(record: Record, *libraries: str) -> str:
@@ -131,13 +132,15 @@ def _architectures(record: Record) -> str:
     return f"{_machine(record)}\n\n{bench_architectures.report(list(record.rows))}"
 
 
-# By name of the place: the record, and the function that writes the text from it.
+# By name of the place: the record (of MACHINE, if it names no other) and the function that writes
+# the text from it.
 FIGURES: dict[str, tuple[str, Callable[[Record], str]]] = {
     "headline": ("quality", _headline),
     "two_steps": ("step", _two_steps),
     "two_qualities": ("quality", _quality),
     "largest_text": ("data", _largest_text),
     "step": ("step", _step),
+    "step_amx": (f"{AMX}/step", _step),
     "quality": ("quality", _quality),
     "data": ("data", _data),
     "startup": ("startup", _startup),
@@ -150,7 +153,8 @@ FIGURES: dict[str, tuple[str, Callable[[Record], str]]] = {
 
 def _part(name: str) -> str:
     record, write = FIGURES[name]
-    return write(read_record(ROOT / f"benchmarks/results/{MACHINE}/{record}.json"))
+    path = record if "/" in record else f"{MACHINE}/{record}"
+    return write(read_record(ROOT / f"benchmarks/results/{path}.json"))
 
 
 def renewed(text: str) -> str:

@@ -388,8 +388,8 @@ def report(
     ]
     tried = [[str(run.batch), f"{run.lr:g}", *line(run)] for run in search]
     how = (
-        f"{seconds:g} seconds of training in {bench.precision}, one thread per run on a core of its "
-        "own; losses on held-out text, in nats"
+        f"{seconds:g} seconds of training in {bench.precision}, one thread per run on a core of "
+        "its own; losses on held-out text, in nats"
     )
     return "\n\n".join(
         [
