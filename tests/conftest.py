@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import fcntl
 import gc
 import os
 
@@ -39,6 +41,10 @@ if signal.getsignal(signal.SIGQUIT) is signal.SIG_IGN:
 PARAGRAPHS = 4  # a document
 
 
+# Until then, collections would look at all that is imported, again and again.
+gc.disable()
+
+
 def pytest_collection_finish() -> None:
     """Exempt all that is imported by now from garbage collection.
 
@@ -46,6 +52,7 @@ def pytest_collection_finish() -> None:
     """
     gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session")
@@ -120,11 +127,23 @@ def two_sources(
 
 
 @pytest.fixture(scope="session")
-def bf16_products() -> Bf16Probe:
-    """Skip a test that multiplies in bf16 where that kills the process; see `probe_bf16`."""
-    from fastbert.machine import probe_bf16
+def bf16_products(tmp_path_factory: pytest.TempPathFactory) -> Bf16Probe:
+    """Skip a test that multiplies in bf16 where that kills the process; see `probe_bf16`.
 
-    probe = probe_bf16()
+    The first worker of pytest-xdist that needs the answer shares it with the others.
+    """
+    from fastbert.machine import Bf16Probe, probe_bf16
+
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    with open(folder / "bf16.json", "a+", encoding="utf-8") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.seek(0)
+        known = file.read()
+        probe = Bf16Probe(**json.loads(known)) if known else probe_bf16()
+        if not known:
+            json.dump(dataclasses.asdict(probe), file)
     if not probe.right:
         pytest.skip(probe.why)
     return probe

@@ -111,11 +111,16 @@ def test_names_of_special_tokens_are_text(folders: dict[str, Path], kind: str) -
     assert not {special.mask, special.pad, special.cls, special.sep} & set(found.ids.tolist())
 
 
-@pytest.mark.parametrize("kind", KINDS)
+FLAGS = [{"lstrip": True}, {"rstrip": True}, {"single_word": True}, {"normalized": True}]
+
+
 @pytest.mark.parametrize(
-    "flags",
-    [{}, {"lstrip": True}, {"rstrip": True}, {"single_word": True}, {"normalized": True}],
-    ids=lambda flags: "".join(flags) or "plain",
+    ("kind", "flags"),
+    [
+        pytest.param(kind, flags, id=f"{''.join(flags) or 'plain'}-{kind}")
+        for number, kind in enumerate(KINDS)
+        for flags in ({}, FLAGS[number % len(FLAGS)])
+    ],
 )
 def test_added_tokens_are_kept_whole(tmp_path: Path, kind: str, flags: dict[str, bool]) -> None:
     """Also those with spaces inside or around them, wherever they stand."""

@@ -83,7 +83,10 @@ def test_there_are_forty_wrong_kernels_of_all_kinds():
     }
 
 
-@pytest.mark.parametrize("name", RIGHT)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=pytest.mark.slow) if n == "sums of many rows" else n for n in RIGHT],
+)
 def test_nothing_is_found_in_a_right_kernel(name):
     report = carry_out(RIGHT[name])
     assert not report.findings, str(report)

@@ -150,9 +150,12 @@ def test_what_is_not_run_names_only_what_exists(name):
                 check_command(line, block.where)
 
 
-# Pages with runs of their own. README.md goes the tutorial's way from a text to a model, too, and
-# test_modernbert_tasks.py and test_checker.py that of their pages.
+# Pages with runs of their own. README.md goes the way from a text to a model, too. Other tests do
+# what these pages show: test_initial.py, test_modernbert_tasks.py and test_checker.py.
 LONG_PAGES = (
+    "docs/index.md",
+    "docs/reference/run-folder.md",
+    "docs/how-to/continue-from-hugging-face.md",
     "docs/how-to/cooldown.md",
     "docs/how-to/modernbert.md",
     "docs/checker.md",

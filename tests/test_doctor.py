@@ -58,7 +58,7 @@ def test_rates_are_those_of_a_processor():
     assert 1e8 < measure_bandwidth(seconds=0.02) < 1e13
 
 
-@pytest.mark.parametrize("seconds", [0.0, 0.2, 2.0])
+@pytest.mark.parametrize("seconds", [0.0, 0.2])
 def test_the_rate_counts_every_operation(seconds, monkeypatch):
     """The best round is at least as fast as the mean of all rounds of as many rows.
 

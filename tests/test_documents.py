@@ -12,7 +12,6 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -185,6 +184,8 @@ def test_files_without_a_suffix(tmp_path: Path) -> None:
 
 def test_a_folder_of_save_to_disk(tmp_path: Path) -> None:
     """As Dataset.save_to_disk writes it: in shards, shuffled, beside a cache, and in splits."""
+    import datasets
+
     rows = [{"text": f"Text {i}.", "doc": {"body": f"Body {i}."}} for i in range(50)]
     dataset = datasets.Dataset.from_list(rows)
     dataset.save_to_disk(tmp_path / "plain", num_shards=3)
@@ -712,7 +713,7 @@ def test_damage(tmp_path: Path, suffix: str, place: int, value: int, cut: bool) 
         assert all(isinstance(document, str) for document in found)
 
 
-@pytest.mark.parametrize("bit", typical(range(8), 0, 7))
+@pytest.mark.parametrize("bit", typical((0, 4, 7), 0))
 def test_every_byte_of_a_parquet_file_may_be_damaged(tmp_path: Path, bit: int) -> None:
     """pyarrow aborts the process when it is asked for the encodings of some of these files."""
     path, valid = tmp_path / "a.parquet", tmp_path / "valid.parquet"

@@ -464,10 +464,10 @@ def test_keys_that_differ_in_high_bits_alone_are_as_good():
     assert_random(masks_of(torch.arange(16) << 48, 0.1))
 
 
-@pytest.mark.parametrize("p", [2**-16, 0.001, 1 - 2**-16])
+@pytest.mark.parametrize("p", [2**-16, 1 - 2**-16])
 def test_share_kept_at_the_ends(p):
-    """Measure it on ten million elements, two of each row."""
-    x = masks_of(torch.arange(5_000), p, positions=1000, streams=1, heads=1, columns=2)
+    """Measure it on four million elements, two of each row."""
+    x = masks_of(torch.arange(2_000), p, positions=1000, streams=1, heads=1, columns=2)
     assert abs(float(x.double().mean())) < SIGMAS / x.numel() ** 0.5
 
 

@@ -237,7 +237,7 @@ def peak_memory(tokenizer: str):
     return encode_all
 
 
-@pytest.mark.parametrize("text", ["中文字測試好" * 150_000, "ก" * 900_000, "word " * 600_000])
+@pytest.mark.parametrize("text", ["中文字測試好" * 150_000, "word " * 600_000])
 def test_memory_for_one_long_document(lower: Tokenizer, text: str) -> None:
     """A sentence of 3 MB takes 40 bytes per byte; the longest document, 64 MiB, takes 2.5 GB."""
     assert apply_in_child(peak_memory, (lower.to_str(),), text) < 40 * len(text.encode())

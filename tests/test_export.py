@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from sentence_transformers import SentenceTransformer
 from tiny_bert import TEXTS, make_hugging_face_folder, make_run
 from transformers import (
     AutoModel,
@@ -154,6 +153,8 @@ def test_a_run_without_pairs_becomes_a_masked_lm(original, tmp_path):
 
 def test_without_heads_nobody_complains(run, tmp_path, caplog):
     """transformers reports the heads as unexpected where the class in use has no place for them."""
+    from sentence_transformers import SentenceTransformer
+
     found = export(fastbert.load(run), tmp_path / "encoder", encoder=True)
     assert (
         found.architecture == "BertModel"

@@ -22,10 +22,8 @@ def lab(tmp_path_factory, small_dataset) -> Laboratory:
 @pytest.mark.parametrize(
     "when, frozen",
     [
-        ("starting", 0),
         ("starting", 1),
         ("training", 0),
-        ("training", 1),
         ("saving", 1),
     ],
 )

@@ -6,7 +6,6 @@ Results are equal to the bit, and gradients to rounding.
 from __future__ import annotations
 
 import copy
-import itertools
 from typing import Any
 
 import pytest
@@ -49,7 +48,7 @@ def step(model: BertForPreTraining, impl: str, longest: int) -> dict[str, torch.
 @pytest.mark.parametrize(
     ("p", "dtype", "longest"),
     typical(
-        itertools.product((0.0, 0.1), (torch.bfloat16, torch.float32), (20, 200)),
+        [(0.1, torch.bfloat16, 20), (0.0, torch.float32, 20), (0.1, torch.bfloat16, 200)],
         (0.1, torch.bfloat16, 20),
     ),
 )

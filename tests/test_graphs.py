@@ -101,7 +101,7 @@ def shape(pack: PackedBatch) -> tuple[int, ...]:
     return len(pack.input_ids), len(pack.examples), len(pack.labels)
 
 
-@pytest.mark.parametrize("stage", [slow(0), 1, slow(2)])
+@pytest.mark.parametrize("stage", [slow(0), 1])
 def test_ten_steps_are_those_without_graphs(small_dataset, stage, recorders, monkeypatch):
     """The steps are equal to the last digit where packs are padded in both runs.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 import subprocess
 import sys
@@ -218,11 +219,16 @@ def module_name(path: Path) -> str:
 MODULES = {module_name(path): path for path in SOURCES}
 
 
-def imports(path: Path) -> Iterator[tuple[int, str]]:
-    """Yield the line and the full name of everything a file imports, also inside functions.
+@functools.cache
+def imports(path: Path) -> tuple[tuple[int, str], ...]:
+    """The line and the full name of everything a file imports, also inside functions.
 
     `from a import b` gives a.b where that is a module.
     """
+    return tuple(_imports(path))
+
+
+def _imports(path: Path) -> Iterator[tuple[int, str]]:
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"), str(path))):
         if isinstance(node, ast.Import):
             yield from ((node.lineno, alias.name) for alias in node.names)

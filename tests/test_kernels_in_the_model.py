@@ -1,4 +1,4 @@
-"""The encoder trains the same with all kernels: losses, gradients and a run of twenty steps."""
+"""The encoder trains the same with all kernels: losses, gradients and a run of twelve steps."""
 
 import contextlib
 import copy
@@ -86,13 +86,10 @@ def padded(batch, rest):
     return dataclasses.replace(batch, **rows)
 
 
-@pytest.mark.parametrize(
-    "lengths", [slow(LENGTHS, id="several tiles"), pytest.param([33, 8, 100], id="one tile")]
-)
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
-def test_a_padded_pack_has_the_loss_and_gradients_of_the_bare_one(impl, lengths, build_one):
+def test_a_padded_pack_has_the_loss_and_gradients_of_the_bare_one(impl, build_one):
     """This includes dropout, so the masks are the same too."""
-    batch = make_batch(lengths)
+    batch = make_batch([33, 8, 100])
     want, have = (
         step(build_one(0.2), name, pack)
         for name, pack in (("reference", batch), (impl, padded(batch, 37)))
@@ -107,12 +104,12 @@ def test_a_padded_pack_has_the_loss_and_gradients_of_the_bare_one(impl, lengths,
         )
 
 
-def curve(build_one, impl, steps=20):
+def curve(build_one, impl, steps=12):
     """Return the losses of a short run of a smaller model on four repeated batches."""
     model = build_one(heads=2)
     model.impl = impl
     model = model.cuda() if GPU else model
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     found = []
     for index in range(steps):
         batch = make_batch([17, 30], seed=index % 4)
@@ -126,7 +123,7 @@ def curve(build_one, impl, steps=20):
 
 
 @pytest.mark.slow
-def test_twenty_steps_give_the_same_curve(build_one):
+def test_twelve_steps_give_the_same_curve(build_one):
     curves = {impl: curve(build_one, impl) for impl in IMPLEMENTATIONS}
     want = curves["reference"]
     assert want[-4:].mean() < want[:4].mean() - 0.5  # it learns

@@ -11,7 +11,6 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from sentence_transformers import SentenceTransformer
 
 import fastbert
 from fastbert.checkpoints.hugging_face_config import read_config, written
@@ -75,6 +74,8 @@ def test_every_layer_and_logit_is_that_of_transformers(folder, ours):
 
 
 def test_an_export_is_loaded_by_stock_libraries(ours, tmp_path, caplog):
+    from sentence_transformers import SentenceTransformer
+
     done = export(ours, tmp_path / "out", [*TEXTS, LONG])
     assert done.architecture == "ModernBertForMaskedLM"
     out = str(tmp_path / "out")

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from fastbert.config import OptimizerConfig
 from fastbert.data.batches import Batches
-from fastbert.machine import probe_bf16
 from fastbert.training.engine import NotFinite
 from fastbert.training.muon import Muon, is_hidden
 from fastbert.training.newton_schulz import orthogonalise
@@ -173,8 +172,8 @@ def test_a_state_of_stage_0_continues_at_any_stage(small_dataset, packs, at_stag
 
 @pytest.mark.parametrize("stage, precision", [(1, "fp32"), (1, "bf16"), slow(2, "fp32")])
 def test_resuming_gives_the_same_to_the_last_digit(small_dataset, packs, stage, precision, request):
-    if precision == "bf16" and not (probe := probe_bf16()).right:
-        pytest.skip(probe.why)
+    if precision == "bf16":
+        request.getfixturevalue("bf16_products")
     with engine(small_dataset, stage, RECIPE, precision) as built:
         for i in range(3):
             built.step(packs[i], lr=1e-2)

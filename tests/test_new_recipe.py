@@ -20,6 +20,7 @@ from fastbert.planning.step_speed import measure_speed
 from fastbert.recipe import load_config, packaged_recipes
 
 
+@pytest.mark.slow  # README.md runs the command, and trains by its recipe
 def test_the_recipe_is_written_for_the_dataset(small_dataset, tmp_path):
     out = tmp_path / "mine.toml"
     made = new_recipe(small_dataset.path, 2, out)

@@ -77,7 +77,7 @@ def fails(trial: Trial, world: int, *overrides: str) -> list[str]:
         return ranks[0].out.read_text().splitlines()
 
 
-@pytest.mark.parametrize("world, stage", [(1, 0), slow(2, 0), slow(2, 1), slow(2, 3)])
+@pytest.mark.parametrize("world, stage", [(1, 0), slow(2, 3)])
 def test_examples_that_break_the_loss_are_skipped(lab, small_dataset, world, stage):
     """Only long sequences use a damaged embedding.
 
@@ -194,7 +194,6 @@ def interrupted(trial: Trial, last: int) -> list[str]:
     "end, every, keep",
     [
         (hopeless, 2, 2),
-        slow(hopeless, 1, 1),
         slow(stopped_while_skipping, 1, 1),
         slow(stopped_at_the_step_that_breaks, 1, 1),
         slow(interrupted, 1, 1),
@@ -238,10 +237,9 @@ def test_a_process_that_is_killed_while_it_skips(lab, last):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("world, stage", [(2, 1), (2, 3)])
-def test_the_same_on_many_ranks(lab, world, stage):
-    trial = lab.trial(*BREAKS, "checkpoint.every=1", "checkpoint.keep=1", stage=stage, steps=200)
-    said = fails(trial, world)
+def test_the_same_on_two_ranks(lab):
+    trial = lab.trial(*BREAKS, "checkpoint.every=1", "checkpoint.keep=1", stage=1, steps=200)
+    said = fails(trial, 2)
     broke = trial.steps[-1]["step"]
     assert [path.name for path in trial.checkpoints] == [f"step-{broke - 1:08}"] and str(
         trial.checkpoints[0]
@@ -273,7 +271,7 @@ def longest(packs: Sequence[PackedBatch]) -> int:
     return max(int(pack.cu_seqlens.diff().max()) for pack in packs)
 
 
-@pytest.mark.parametrize("stage, more", [(0, ()), slow(3, ()), slow(0, ("optimizer.name=lamb",))])
+@pytest.mark.parametrize("stage, more", [(0, ()), slow(0, ("optimizer.name=lamb",))])
 def test_no_step_was_finite(lab, stage, more):
     """The initial weights are finite but give no finite loss.
 

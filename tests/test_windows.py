@@ -26,10 +26,10 @@ IMPLEMENTATIONS = [slow("reference"), "cpu", "triton"]
 
 
 @pytest.mark.parametrize("cut", [{}, {"R": 60, "rest": 20}], ids=["all", "cut"])
-@pytest.mark.parametrize("window", [0, 1, slow(2)])
+@pytest.mark.parametrize("window", [0, 1])
 @pytest.mark.parametrize(
     ("impl", "dtype"),
-    [("cpu", "fp32"), ("cpu", "bf16"), ("triton", "bf16"), slow("triton", "fp16")],
+    [("cpu", "fp32"), ("triton", "bf16"), slow("triton", "fp16")],
 )
 def test_the_smallest_windows(impl, dtype, window, cut):
     """fp32 is left to the CPU: where a query sees one key, plain torch makes no error at all."""
@@ -48,11 +48,10 @@ def test_with_window_0_a_query_sees_itself(impl):
         assert float(found[key].abs().max()) < 1e-5 * float(found["dv"].abs().max())
 
 
-@pytest.mark.parametrize("p", [0.0, slow(0.1)])
 @pytest.mark.parametrize("lengths", [[40, 1, 0, 128], [300, 7, 129]], ids=["one tile", "several"])
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
-def test_a_window_that_reaches_over_the_sequence_hides_nothing(impl, lengths, p):
-    arguments = SPEC.inputs({"lengths": lengths, "H": 1, "K": 16}, torch.bfloat16, p)
+def test_a_window_that_reaches_over_the_sequence_hides_nothing(impl, lengths):
+    arguments = SPEC.inputs({"lengths": lengths, "H": 1, "K": 16}, torch.bfloat16, 0.1)
     without = run(SPEC, arguments, impl)
     for window in (max(lengths) - 1, max(lengths), 10**6):
         found = run(SPEC, arguments | {"window": window}, impl)

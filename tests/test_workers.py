@@ -139,7 +139,7 @@ def test_a_signal_ends_the_training_of_a_vocabulary_at_once() -> None:
     bases = os.urandom(40 << 20).translate(b"acgt" * 64)  # minutes of training
     chunk = Chunk(Source(Path("a.txt"), "txt", ""), bases, 1, 0, 0)
     old = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, 3)
+    signal.setitimer(signal.ITIMER_REAL, 2)
     begin = time.monotonic()
     try:
         with pytest.raises(Stop):
