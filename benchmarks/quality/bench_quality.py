@@ -57,7 +57,7 @@ from fastbert.training.picture import INK, MUTED
 
 RECIPE = ROOT / "fastbert/recipes/demo.toml"
 OURS, TRAINER, SAME = "fastbert", "Trainer", "Trainer, our recipe"
-POINTS = 12  # evaluations per run
+POINTS, QUICK_POINTS = 12, 2  # evaluations per run
 SHORTER = (2, 3, 5, 8, 12, 20)  # our shorter runs have the time divided by these
 DEFAULTS = (8, 5e-5)  # batch and learning rate of TrainingArguments
 GRID = [DEFAULTS, (8, 5e-4), (8, 1e-3), (32, 5e-5), (32, 5e-4), (32, 1e-3)]
@@ -104,10 +104,11 @@ class Bench:
     Args:
         dataset: the training data.
         folder: keeps the curves, one file for each finished run.
+        points: evaluations of the Trainer per run.
     """
 
-    def __init__(self, dataset: TokenDataset, folder: Path):
-        self.dataset, self.folder = dataset, folder
+    def __init__(self, dataset: TokenDataset, folder: Path, points: int = POINTS):
+        self.dataset, self.folder, self.points = dataset, folder, points
         folder.mkdir(parents=True, exist_ok=True)
 
     def curve(self, run: Run) -> Curve:
@@ -144,7 +145,7 @@ class Bench:
                     settings = [f"{key}={value}" for key, value in values.items()]
                     run_module("fastbert", ["pretrain", RECIPE, *settings, *COMMON], run.name)
                 else:
-                    values = {"seconds": run.seconds, "points": POINTS, "seed": run.seed}
+                    values = {"seconds": run.seconds, "points": self.points, "seed": run.seed}
                     values |= {"batch": run.batch, "lr": run.lr} if run.batch else {}
                     settings = [f"--{key}={value}" for key, value in values.items()]
                     run_module("benchmarks.quality.trainer_rival", [*where, *settings], run.name)
@@ -417,27 +418,27 @@ def main() -> None:
     parser.add_argument(
         "--quick",
         action="store_true",
-        help="three seconds, one seed, no search, to check that it works",
+        help="two seconds, one seed, no search, to check that it works",
     )
     given = parser.parse_args()
-    seconds, seeds, grid, shorter = (
-        (3.0, [1], GRID[:1], SHORTER[:1])
+    seconds, seeds, grid, shorter, points = (
+        (2.0, [1], GRID[:1], SHORTER[:1], QUICK_POINTS)
         if given.quick
-        else (given.seconds, given.seeds, GRID, SHORTER)
+        else (given.seconds, given.seeds, GRID, SHORTER, POINTS)
     )
     if SEARCH_SEED in seeds:
         parser.error(f"--seeds {SEARCH_SEED}: the search uses this seed; choose others")
 
     dataset = open_dataset(given.dataset.resolve())
     check_that_both_measure_the_same(dataset)
-    bench = Bench(dataset, given.out / "quality-runs" / dataset.sha256[:8])
+    bench = Bench(dataset, given.out / "quality-runs" / dataset.sha256[:8], points)
     search = [Run(TRAINER, seconds / SEARCH_SHARE, SEARCH_SEED, *settings) for settings in grid]
     brief = [ours(seconds / part, seed) for seed in seeds for part in shorter]
     bench.make([*search, *brief])
     best = min(search, key=lambda run: bench.curve(run)[-1]["loss_mlm"])
     print(f"the Trainer will use batch {best.batch}, learning rate {best.lr:g}", flush=True)
     pace = bench.curve(brief[0])[-1]
-    every = max(1, round(pace["step"] / pace["training_seconds"] * seconds / POINTS))
+    every = max(1, round(pace["step"] / pace["training_seconds"] * seconds / points))
     sides = {
         OURS: [ours(seconds, seed) for seed in seeds],
         TRAINER: [Run(TRAINER, seconds, seed, best.batch, best.lr) for seed in seeds],
