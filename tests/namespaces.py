@@ -34,7 +34,7 @@ import psutil
 
 NETWORK = "10.77.0"  # the same for every switch, since switches are separate
 TOOLS = ("ip", "unshare", "nsenter", "mount", "sh")
-PATIENCE_S = 20.0  # for operations that take milliseconds
+PATIENCE_S = 60.0  # for operations that take milliseconds
 T = TypeVar("T")
 
 # The first commands of a node: it sets its hostname, makes the names of all nodes resolve, and

@@ -1,4 +1,4 @@
-"""Compile a form of every kernel for four GPUs.
+"""Compile a form of every kernel for three GPUs.
 
 No GPU is needed. The tests check what fits, what spills, and how wide loads are. sm_90 has the hard
 rules. The whole table of all forms takes minutes, and is made by hand.
@@ -46,17 +46,22 @@ def with_figures(**figures) -> list[Figures]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("architecture", DEVICES)
-def test_one_form_of_each_kernel_is_no_worse_than_on_record(architecture):
-    """This is the form that does most. A kernel that is changed changes it, so it is noticed."""
+def test_one_form_of_each_kernel_is_no_worse_than_on_record():
+    """This is the form that does most. A kernel that is changed changes it, so it is noticed.
+
+    test_launches.py makes machine code for sm_80.
+    """
+    architectures = [name for name in DEVICES if name != "sm_80"]
     result = run_module(
-        *("benchmarks.compiled.ahead_of_time", "--architecture", architecture),
+        *("benchmarks.compiled.ahead_of_time", "--architecture", *architectures),
         *("--one-form", "--json"),
     )
     assert result.returncode == 0, result.stderr
-    compiled = {json.loads(line)["name"].split()[0] for line in result.stdout.splitlines()}
+    compiled = [json.loads(line) for line in result.stdout.splitlines()]
     record = json.loads(ahead_of_time.RECORD.read_text(encoding="utf-8"))
-    assert compiled == {name.split()[0] for name in record[architecture]}
+    for architecture in architectures:
+        found = {one["name"].split()[0] for one in compiled if one["architecture"] == architecture}
+        assert found == {name.split()[0] for name in record[architecture]}
 
 
 def test_every_operation_is_compiled_as_training_calls_it():

@@ -15,6 +15,7 @@ from benchmarks.quality.bench_architectures import (
     tasks_table,
 )
 from benchmarks.quality.bench_downstream import QUICK, SEARCH_SEED, TASKS
+from tests.test_bench_downstream import one_core as one_core
 from tests.test_bench_downstream import texts as texts
 
 
@@ -61,6 +62,7 @@ def test_each_table_has_its_own_rows():
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("one_core")
 def test_every_model_is_fine_tuned_on_both_tasks(texts, small_dataset, tmp_path):
     model = make_run(
         tmp_path / "run",

@@ -7,23 +7,23 @@ figures.
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 from benchmarks.quality.bench_quality import (
+    DEFAULTS,
     FIGURES,
     OURS,
     RECIPE,
     SAME,
+    SEARCH_SEED,
+    SEARCH_SHARE,
     TRAINER,
     Bench,
     Run,
     first_reached,
+    main,
     ours,
     sooner,
 )
@@ -33,8 +33,6 @@ from fastbert.models.heads import losses
 from fastbert.recipe import load_config
 from fastbert.training.heldout import heldout_means, heldout_sums
 from tests.tiny_dataset import tiny_dataset
-
-ROOT = Path(__file__).parents[1]
 
 
 def test_the_same_weights_measure_the_same_on_both_sides(small_dataset):
@@ -136,43 +134,33 @@ def test_how_many_times_sooner(small_dataset, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_short_one_runs_and_what_is_finished_is_not_made_again(small_dataset, tmp_path):
+def test_a_short_one_runs_and_what_is_finished_is_not_made_again(
+    small_dataset, tmp_path, monkeypatch
+):
+    """One run of each side is made. The others are there, as after an interrupted call."""
     runs = tmp_path / "quality-runs" / small_dataset.sha256[:8] / "fp32"
     runs.mkdir(parents=True)
-    finished = runs / f"{Run(SAME, 3.0, 1).name}.jsonl"
-    curve = [
-        {
+    search = Run(TRAINER, 2.0 / SEARCH_SHARE, SEARCH_SEED, *DEFAULTS)
+    there = (Run(SAME, 2.0, 1), 2.125), (search, 7.5), (ours(1.0, 1), 7.25)
+    for run, loss in there:
+        last = {
             "event": "evaluate",
-            "step": 9,
+            "step": 90,
             "training_tokens": 6000,
-            "training_seconds": 3.0,
-            "loss_mlm": 2.125,
+            "training_seconds": run.seconds,
+            "loss_mlm": loss,
+            "loss_mask_token": 2.25,
+            "accuracy_mlm": 0.5,
+            "accuracy_nsp": 0.5,
         }
-    ]
-    curve[0] |= {"loss_mask_token": 2.25, "accuracy_mlm": 0.5, "accuracy_nsp": 0.5}
-    finished.write_text("".join(json.dumps(point) + "\n" for point in curve))
-    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
-    command = [
-        sys.executable,
-        "-m",
-        "benchmarks.quality.bench_quality",
-        str(small_dataset.path),
-        "--out",
-        str(tmp_path),
-        "--quick",
-    ]
-    result = subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": path},
-        timeout=600,
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
+        (runs / f"{run.name}.jsonl").write_text(json.dumps(last) + "\n")
+    command = ["bench_quality", small_dataset.path, "--out", tmp_path, "--quick"]
+    monkeypatch.setattr("sys.argv", list(map(str, command)))
+    main()
     text = (tmp_path / "quality.md").read_text(encoding="utf-8")
     # It is as it was saved.
-    assert "| 1 | Trainer, our recipe | 2.125 | 2.250 | 50.0% | 0.01 M | 2,000 |" in text
+    assert "| 1 | Trainer, our recipe | 2.125 | 2.250 | 50.0% | 0.01 M | 3,000 |" in text
+    assert "| 8 | 5e-05 | 7.500 |" in text and "| 1 s | 1 | 7.250 |" in text
     assert (
         "| 1 | fastbert |" in text
         and "| 1 | Trainer |" in text
@@ -180,8 +168,8 @@ def test_a_short_one_runs_and_what_is_finished_is_not_made_again(small_dataset, 
     )
     record = json.loads((tmp_path / "quality.json").read_text(encoding="utf-8"))
     assert set(record["ratios"]) == {FIGURES[0]}
-    ends = [row for row in record["rows"] if row.get("side") == OURS]
-    assert {row["budget_s"] for row in ends} == {3.0, 1.5} and all(
-        row["tokens"] > 0 for row in ends
-    )
+    made = {row["side"]: row for row in record["rows"] if row.get("budget_s") == 2.0}
+    assert set(made) == {OURS, TRAINER, SAME}
+    for side in (OURS, TRAINER):
+        assert made[side]["tokens"] > 0 and 0 < made[side]["loss_mlm"] != 2.125
     assert len(list(runs.iterdir())) == 5

@@ -24,7 +24,16 @@ from tests.ranks import Ranks
 from tests.store_server import BUCKET, Faults, Proxy, credentials, make_bucket, s3_server
 from tests.trials import Laboratory, Trial, wait_for
 
-ALL = ("uploading", "share-uploaded", "records-uploaded", "publishing", "manifest-uploaded")
+# Where the starts of a run are killed in turn, at which of their uploads, and the step of the
+# newest valid checkpoint then.
+KILLS = {
+    "uploading@2": 3,
+    "share-uploaded@2": 6,
+    "manifest-uploaded@2": 12,
+    "records-uploaded@2": 15,
+    "publishing@1": 15,
+}
+RETIRING = {"retiring": 9, "retired": 12}  # the same, while an old checkpoint is deleted
 
 
 @pytest.fixture(scope="module")
@@ -119,15 +128,17 @@ def test_ranks_without_a_common_disk_train_as_on_one(lab, proxy, dataset_url, tm
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("point", ALL)
-def test_a_kill_at_an_upload_leaves_the_newest_valid_checkpoint(lab, proxy, tmp_path, point):
-    trial = BucketTrial(tmp_path / "a", proxy, lab.dataset)
-    with trial.start(FASTBERT_FAILPOINT=f"{point}@3") as ranks:
-        assert ranks.wait() == [-9], ranks.errors
-    before = trial.published
-    newest = max(Attempt.of(name).step for name in before)
-    assert newest == (9 if point == "manifest-uploaded" else 6)
-    trial.machine = "second"  # whose disk is empty
+def test_a_kill_at_an_upload_leaves_the_newest_valid_checkpoint(lab, proxy, tmp_path):
+    """A run is killed at one point after the other, and resumes on machines with empty disks."""
+    trial, newest = BucketTrial(tmp_path / "a", proxy, lab.dataset), 0
+    for point, after in KILLS.items():
+        with trial.start(FASTBERT_FAILPOINT=point) as ranks:
+            assert ranks.wait() == [-9], ranks.errors
+            said = ranks[0].out.read_text()
+        assert not newest or f"resuming after step {newest} from" in said
+        newest = max(Attempt.of(name).step for name in trial.published)
+        assert newest == after
+        trial.machine = point
     out = trial.resume()
     assert any(f"resuming after step {newest} from" in line for line in out)
     equal(trial, lab.undisturbed(1, 0))
@@ -138,21 +149,22 @@ def test_a_kill_at_an_upload_leaves_the_newest_valid_checkpoint(lab, proxy, tmp_
     assert len(trial.published) == 2
 
 
-@pytest.mark.parametrize("point", ["retiring", "retired"])
 @pytest.mark.slow
-def test_a_kill_while_an_old_checkpoint_is_deleted(lab, proxy, tmp_path, point):
+def test_a_kill_while_an_old_checkpoint_is_deleted(lab, proxy, tmp_path):
     trial = BucketTrial(tmp_path / "a", proxy, lab.dataset)
-    with trial.start(FASTBERT_FAILPOINT=f"{point}@1") as ranks:
-        assert ranks.wait() == [-9], ranks.errors
-    assert trial.published[-1].startswith("step-0000000")
-    trial.machine = "second"
+    for point, newest in RETIRING.items():
+        with trial.start(FASTBERT_FAILPOINT=point) as ranks:
+            assert ranks.wait() == [-9], ranks.errors
+        assert Attempt.of(trial.published[-1]).step == newest
+        trial.machine = point
     trial.resume()
     equal(trial, lab.undisturbed(1, 0))
     assert len(trial.published) == 2
 
 
 def test_the_points_of_an_upload_are_all_tried():
-    assert set(UPLOAD_POINTS) == {*ALL, "retiring", "retired"}
+    tried = {point.partition("@")[0] for point in KILLS}
+    assert set(UPLOAD_POINTS) == {*tried, *RETIRING}
 
 
 def test_a_kill_in_the_middle_of_a_request(lab, proxy, tmp_path):

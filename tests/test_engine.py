@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-import socket
-import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -519,74 +517,6 @@ def test_a_single_process_listens_to_nobody_outside(small_dataset):
         listening = [row[1] for row in rows if row[3] == "0A" and f"socket:[{row[9]}]" in sockets]
     loopback = ("0100007F:", "00000000000000000000000001000000:")  # 127.0.0.1, ::1
     assert all(address.startswith(loopback) for address in listening)
-
-
-TWO_RANKS = """
-import os, sys, torch
-sys.path[:0] = [os.environ["TESTS"]]
-from fastbert.data.batches import Batches
-from fastbert.data.dataset import open_dataset
-from test_engine import CONFIG, engine, sgd, state_of
-dataset = open_dataset(os.environ["DATASET"])
-with engine(dataset, int(os.environ["STAGE"]), sgd()) as built:
-    packs = Batches(dataset, CONFIG).step(0, built.group.rank, built.group.world)
-    before = state_of(built)["weight"]
-    result = built.step(packs, lr=1.0)
-    after = state_of(built)["weight"]
-    if built.group.rank == 0:
-        delta = {n: before[n] - after[n] for n in before}
-        torch.save((delta, result.loss, result.tokens, result.grad_norm), "out.pt")
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("stage", [0, 3])
-def test_two_ranks_make_the_same_step(small_dataset, packs, gradient, tmp_path, stage):
-    """Real processes with gloo, which differ in their examples and numbers of masked tokens."""
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]),
-        "TESTS": str(ROOT / "tests"),
-        "DATASET": str(small_dataset.path),
-        "STAGE": str(stage),
-        "WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
-    }
-    command = [sys.executable, "-c", TWO_RANKS]
-    ranks = [
-        subprocess.Popen(
-            command,
-            env={**environment, "RANK": r, "LOCAL_RANK": r},
-            cwd=tmp_path,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for r in "01"
-    ]
-    try:
-        errors = [rank.communicate(timeout=90)[1] for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(errors)
-    step, loss, tokens, norm = torch.load(tmp_path / "out.pt", weights_only=True)
-    expected, found = gradient
-    for name, grad in expected.items():
-        torch.testing.assert_close(
-            step[name], grad, rtol=1e-3, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}"
-        )
-    assert loss == pytest.approx(float(sum(f.loss.detach() for f in found)), rel=1e-6)
-    assert tokens == sum(p.tokens for p in packs[0])
-    assert norm == pytest.approx(
-        math.sqrt(sum(float(g.double().square().sum()) for g in expected.values())), rel=1e-4
-    )
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 def test_a_process_listens_on_two_ports_of_this_machine_alone(small_dataset, packs):

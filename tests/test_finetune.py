@@ -376,7 +376,7 @@ def test_many_classes_need_little_more_memory_than_few(folder, tmp_path):
     It may take no more memory than the whole of a run with three classes.
     """
     peaks = []
-    for classes in (3, 200, 600):
+    for classes in (3, 600):
         file, out = tmp_path / f"{classes}.csv", tmp_path / str(classes)
         file.write_text(
             "text,label\n" + "".join(f"the list {i},label {i}\n" for i in range(classes))

@@ -453,10 +453,10 @@ def test_ended_from_outside(several_chunks: Path, tmp_path: Path, end: str) -> N
         process.terminate()
     else:
         workers[0].kill()
-    errors = process.communicate(timeout=60)[1]
+    errors = process.communicate(timeout=120)[1]
     assert process.returncode != 0
     assert [path.name for path in tmp_path.iterdir()] == ["dataset.work"]
-    assert not psutil.wait_procs(workers, timeout=10)[1]
+    assert not psutil.wait_procs(workers, timeout=60)[1]
     expected = {
         "interrupt": "KeyboardInterrupt",
         "terminate": "",
@@ -468,7 +468,7 @@ def test_ended_from_outside(several_chunks: Path, tmp_path: Path, end: str) -> N
     assert before
     process, _ = started(several_chunks, tmp_path / "dataset", lambda: True)
     assert all(pieces_in(work)[name] == time for name, time in before.items())
-    assert process.wait(timeout=60) == 0
+    assert process.wait(timeout=120) == 0
     assert [path.name for path in tmp_path.iterdir()] == ["dataset"]
     open_dataset(tmp_path / "dataset", verify=True)
 
@@ -478,7 +478,7 @@ def test_no_orphans(several_chunks: Path, tmp_path: Path) -> None:
     process, workers = started(several_chunks, tmp_path / "dataset", lambda: True)
     process.kill()
     process.communicate()
-    assert not psutil.wait_procs(workers, timeout=20)[1]
+    assert not psutil.wait_procs(workers, timeout=60)[1]
     assert [path.name for path in tmp_path.iterdir()] == ["dataset.work"]
 
 

@@ -22,7 +22,7 @@ from tests.tiers import slow
 from tests.trials import Laboratory, Trial, lines_so_far, wait_for, wait_until_ready
 
 WORLD, STAGE = 2, 1
-SOON_S = 25.0  # "within a few seconds", on cores that others use too
+SOON_S = 60.0  # "within a few seconds", on cores that others use too
 LONG = "runtime.timeout_s=120"  # so that no time limit can be the cause
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
@@ -44,7 +44,6 @@ def interrupted(ranks: Ranks, trial: Trial) -> list[int]:
 @pytest.mark.parametrize(
     "number, to",
     [
-        slow(signal.SIGTERM, "all"),
         slow(signal.SIGINT, "all"),
         slow(signal.SIGUSR1, "rank 0"),
         (signal.SIGTERM, "rank 1"),
@@ -79,12 +78,9 @@ def test_a_signal_while_training(lab, number, to):
     "share, to",
     [
         (0.0, "all"),
-        slow(0.0, "rank 0"),
         slow(0.0, "rank 1"),
         (0.25, "rank 1"),
-        slow(0.25, "all"),
         slow(0.5, "rank 0"),
-        slow(0.75, "rank 1"),
         (0.75, "all"),
     ],
 )
@@ -168,31 +164,26 @@ def started(command: list[str], trial: Trial) -> Iterator[subprocess.Popen]:
         process.wait()
 
 
-@pytest.mark.parametrize(
-    "launcher, world, stage, code",
-    [
-        slow(by_hand, 1, 0, 75),
-        slow(torchrun, WORLD, STAGE, 1),
-        slow(deepspeed, WORLD, STAGE, 75),
-    ],  # torchrun itself only knows 0 and 1
-)
-def test_the_commands_that_users_type(lab, launcher, world, stage, code):
+# test_end_to_end.py does it without a launcher. torchrun itself only knows 0 and 1.
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher, code", [(torchrun, 1), (deepspeed, 75)])
+def test_the_commands_that_users_type(lab, launcher, code):
     """A run is interrupted, and resumed by another launcher: equal to the last digit."""
-    trial = lab.trial(stage=stage)
+    trial = lab.trial(stage=STAGE)
     with started(launcher(trial), trial) as process:
         wait_for(lambda: lines_so_far(trial) >= 4 or process.poll() is not None)
         assert process.poll() is None, (trial.folder / "said").read_text()
         ranks = [
             p for p in psutil.Process(process.pid).children(recursive=True) if not p.children()
-        ] or [process]
-        assert len(ranks) == world
+        ]
+        assert len(ranks) == WORLD
         ranks[0].send_signal(signal.SIGUSR1)
-        assert process.wait(timeout=60) == code, (trial.folder / "said").read_text()
+        assert process.wait(timeout=120) == code, (trial.folder / "said").read_text()
     assert [stop["reason"] for stop in trial.records("stop")] in (
         ["interrupted by SIGUSR1"],
         ["interrupted by another rank"],
     )
-    assert lab.finish(trial, world, stage).passed
+    assert lab.finish(trial, WORLD, STAGE).passed
 
 
 @pytest.mark.slow
@@ -205,7 +196,7 @@ def test_a_signal_while_torch_is_imported(lab):
             for line in Path(f"/proc/{process.pid}/maps").read_text().splitlines()
         )
         process.send_signal(signal.SIGTERM)
-        assert process.wait(timeout=60) == 75, (trial.folder / "said").read_text()
+        assert process.wait(timeout=120) == 75, (trial.folder / "said").read_text()
 
 
 def test_a_request_that_is_entered_twice_gives_back_the_handlers_and_the_second_ctrl_c():

@@ -187,7 +187,10 @@ def test_from_a_text_to_an_exported_model(installed, english_jsonl, tmp_path):
     elsewhere.mkdir()
     for verb, options in (
         ("init", ""),
-        ("pretrain", "stop.steps=2 batch.sequences=8 evaluate.sequences=16"),
+        (
+            "pretrain",
+            "stop.steps=2 batch.sequences=8 evaluate.sequences=16 runtime.precision=fp32",
+        ),
     ):
         command = done.stdout.splitlines()[-1].partition("next: fastbert ")[2]
         assert command.startswith(f"{verb} ")
@@ -198,7 +201,8 @@ def test_from_a_text_to_an_exported_model(installed, english_jsonl, tmp_path):
     run(fastbert, "recipes", "mini", "--out", "my.toml", cwd=tmp_path)
     code = (
         "import fastbert; print(fastbert.pretrain('my.toml', data='data/my own', run='run', "
-        "stop={'steps': 1}, batch={'sequences': 8}, evaluate={'sequences': 16}).reason)"
+        "stop={'steps': 1}, batch={'sequences': 8}, evaluate={'sequences': 16}, "
+        "runtime={'precision': 'fp32'}).reason)"
     )
     done = run(installed / "python", "-c", code, cwd=tmp_path)
     assert done.stdout.splitlines()[-1] == "stop.steps = 1"

@@ -325,18 +325,26 @@ SHAPES = ((2, 1), (1, 0), (2, 3), (2, 0), (2, 2))  # ranks, stage
 KILLS = 5  # of one run
 
 
-def kills(
-    lab: Laboratory, count: int, seed: int, shapes: Sequence[tuple[int, int]] = SHAPES
-) -> Tally:
+def kills(lab: Laboratory, count: int, seed: int, of_one_run: int = KILLS) -> Tally:
     """Kill one rank or all with SIGKILL at random moments, until `count` kills have hit.
 
     Each run resumes from what it finds, and is trained to its end.
+
+    Args:
+        lab: the place for the runs.
+        count: the number of kills.
+        seed: of the choices of ranks and moments.
+        of_one_run: kills of a run; the next one has other SHAPES.
     """
     runs = [
         functools.partial(
-            _killed, lab, *shapes[i % len(shapes)], min(KILLS, count - i * KILLS), f"{seed}/{i}"
+            _killed,
+            lab,
+            *SHAPES[i % len(SHAPES)],
+            min(of_one_run, count - i * of_one_run),
+            f"{seed}/{i}",
         )
-        for i in range(-(-count // KILLS))
+        for i in range(-(-count // of_one_run))
     ]
     return lab.series("kills", runs)
 

@@ -34,7 +34,7 @@ import multiprocessing
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -53,6 +53,7 @@ from fastbert_kernels._tiles import TABLE
 from fastbert_kernels.specs import SPECS
 
 DTYPES = (torch.bfloat16, torch.float32, torch.float16)
+PRECISIONS = ("bf16", "fp32", "autocast")  # in which a GPU trains
 PROCESSES = 2
 WIDEST_BY_DEFAULT = 1024
 # Sequence lengths, for attention.
@@ -220,13 +221,10 @@ def operation_call(
 # Calls of the model.
 
 
-def model_calls() -> Iterator[Call]:
-    """Training and evaluation steps, and the computations of `embed` and `fill_mask`.
-
-    They run in each precision in which a GPU trains.
-    """
+def model_calls(precisions: Sequence[str]) -> Iterator[Call]:
+    """Training and evaluation steps, and the computations of `embed` and `fill_mask`."""
     for kind, precision, lengths, dropout in itertools.product(
-        ("bert", "modernbert"), ("bf16", "fp32", "autocast"), (ONE_TILE, MANY_TILES), (0.1, 0.0)
+        ("bert", "modernbert"), precisions, (ONE_TILE, MANY_TILES), (0.1, 0.0)
     ):
         label = f"step of {kind} lengths={lengths} {precision} dropout={dropout:g}"
         yield Call(
@@ -392,16 +390,16 @@ def unreached(reached: dict[str, dict[str, set]], parts: list[str]) -> list[str]
     return lines
 
 
-def all_calls(parts: list[str], everything: bool) -> list[Call]:
-    """The calls of these parts; the model's come first."""
-    calls = itertools.chain(model_calls(), operation_calls(everything))
+def all_calls(parts: list[str], everything: bool, precisions: Sequence[str]) -> list[Call]:
+    """The calls of these parts; the model's come first, in these precisions."""
+    calls = itertools.chain(model_calls(precisions), operation_calls(everything))
     return [call for call in calls if call.part in parts]
 
 
-def check(architecture: str, parts: list[str], everything: bool) -> Found:
-    """Compile all calls of these parts to machine code."""
+def check(architecture: str, calls: list[Call]) -> Found:
+    """Compile these calls to machine code."""
     groups: dict[tuple[str, str], list[Call]] = defaultdict(list)
-    for call in all_calls(parts, everything):
+    for call in calls:
         groups[call.part, call.size].append(call)
     _groups[:] = groups.values()
     found = Found()
@@ -421,11 +419,9 @@ def _compile_group(job: tuple[str, int]) -> Found:
     return Gate(machine_code=True).compile(architecture, _groups[number])
 
 
-def check_front_end(
-    architectures: list[str], parts: list[str], everything: bool
-) -> Iterator[tuple[str, Found]]:
-    """Run the front end for all calls of these parts, on one architecture after the other."""
-    calls, gate = all_calls(parts, everything), Gate(machine_code=False)
+def check_front_end(architectures: list[str], calls: list[Call]) -> Iterator[tuple[str, Found]]:
+    """Run the front end for these calls, on one architecture after the other."""
+    gate = Gate(machine_code=False)
     for architecture in architectures:
         yield architecture, gate.compile(architecture, calls)
 
@@ -462,14 +458,21 @@ def main() -> int:
         action="store_true",
         help="run only Triton's front end; takes a minute for all architectures together",
     )
+    parser.add_argument(
+        "--precision",
+        nargs="+",
+        choices=PRECISIONS,
+        default=PRECISIONS,
+        help="of the steps of the model",
+    )
     options = parser.parse_args()
+    calls = all_calls(options.only, options.everything, options.precision)
     if options.front_end:
         torch.set_num_threads(1)
-        results = check_front_end(options.architecture, options.only, options.everything)
+        results = check_front_end(options.architecture, calls)
     else:
         results = (
-            (architecture, check(architecture, options.only, options.everything))
-            for architecture in options.architecture
+            (architecture, check(architecture, calls)) for architecture in options.architecture
         )
     wrong, start = [], time.monotonic()
     for architecture, found in results:

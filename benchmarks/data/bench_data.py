@@ -528,7 +528,7 @@ def main() -> None:
     tokenizer = dataset.tokenizer_dir.resolve()
     documents, sides, rounds, sizes, slice_s = (None, SIDES, {1: 3, 4: 2}, (1, 4, 16), 0.5)
     if given.quick:
-        documents, sides, rounds, sizes, slice_s = (300, SIDES[:2], {1: 2}, (1, 2), 0.05)
+        documents, sides, rounds, sizes, slice_s = (100, SIDES[:2], {1: 2}, (1, 2), 0.05)
     rows: list[Row] = []
     ratios: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as folder:

@@ -42,6 +42,7 @@ from benchmarks.quality.bench_downstream import (
     describe_task,
     results,
     search,
+    workers,
 )
 from benchmarks.quality.equal_time import speeds, trained
 from fastbert.config import RunConfig
@@ -114,21 +115,23 @@ def fine_tuned(texts: Path, seeds: list[int], out: Path, extent: Extent = FULL) 
     runs, kept = (out / "architectures").resolve(), out / "architectures-trials"
     kept.mkdir(exist_ok=True)
     first = {side: runs / f"{side}-{seeds[0]}" for side in MODELS}
-    tried, best = search(texts, first, replace(extent, examples=(None,)), kept)
-    jobs = [
-        Job(
-            texts,
-            runs / f"{side}-{seed}",
-            task,
-            side,
-            EXAMPLES,
-            seed,
-            best[task, side],
-            extent.steps,
-        )
-        for task, seed, side in itertools.product(TASKS, seeds, MODELS)
-    ]
-    return [*(describe_task(texts, task) for task in TASKS), *tried, *results(jobs, kept)]
+    with workers() as pool:
+        tried, best = search(texts, first, replace(extent, examples=(None,)), kept, pool)
+        jobs = [
+            Job(
+                texts,
+                runs / f"{side}-{seed}",
+                task,
+                side,
+                EXAMPLES,
+                seed,
+                best[task, side],
+                extent.steps,
+            )
+            for task, seed, side in itertools.product(TASKS, seeds, MODELS)
+        ]
+        measured = results(jobs, kept, pool)
+    return [*(describe_task(texts, task) for task in TASKS), *tried, *measured]
 
 
 def architectures_table(rows: list[Row]) -> str:

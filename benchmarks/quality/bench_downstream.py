@@ -29,6 +29,7 @@ FOLDER/downstream-trials.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import itertools
 import math
@@ -39,7 +40,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Executor, ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -87,7 +88,7 @@ class Extent:
 
 
 FULL = Extent((500, 2000, None), (1, 2, 3, 4, 5), (5e-4, 1e-3, 2e-3), 1000)
-QUICK = Extent((200,), (1,), (5e-4,), 50)
+QUICK = Extent((100,), (1,), (5e-4,), 20)
 
 
 @dataclass(frozen=True)
@@ -130,9 +131,11 @@ def read(job: Job) -> tuple[Examples, Examples]:
 
 def run(job: Job, folder: Path) -> Row:
     """The result of the trial, computed once and kept in the folder."""
-    return once(
-        folder / f"{hashlib.sha256(repr(job).encode()).hexdigest()[:12]}.json", lambda: trial(job)
-    )
+    return once(file_of(job, folder), lambda: trial(job))
+
+
+def file_of(job: Job, folder: Path) -> Path:
+    return folder / f"{hashlib.sha256(repr(job).encode()).hexdigest()[:12]}.json"
 
 
 def trial(job: Job) -> Row:
@@ -246,31 +249,39 @@ def searched(jobs: Sequence[Job], rows: Sequence[Row]) -> dict[tuple[str, str], 
     return {key: row["lr"] for key, row in best.items()}
 
 
-def results(jobs: Sequence[Job], kept: Path) -> list[Row]:
-    """The results in the order of the jobs, which run one on each core."""
-    os.environ["OMP_NUM_THREADS"] = "1"  # for the worker processes
-    rows = []
+@contextlib.contextmanager
+def workers() -> Iterator[Executor]:
+    """Processes for `results`, at most one for each core; each starts when it is needed."""
+    os.environ["OMP_NUM_THREADS"] = "1"  # for the processes
     with ProcessPoolExecutor(
         len(os.sched_getaffinity(0)), multiprocessing.get_context("spawn")
     ) as pool:
-        for job, row in zip(jobs, pool.map(run, jobs, itertools.repeat(kept)), strict=False):
-            print(
-                f"{job.name}  lr {job.lr:g}  held out {row['heldout']:.1%}  {row['seconds']:.0f} s",
-                flush=True,
-            )
-            rows.append(row)
+        yield pool
+
+
+def results(jobs: Sequence[Job], kept: Path, pool: Executor) -> list[Row]:
+    """The results in the order of the jobs; those that are not kept yet run in the pool."""
+    missing = [job for job in jobs if not file_of(job, kept).exists()]
+    made, rows = pool.map(run, missing, itertools.repeat(kept)), []
+    for job in jobs:
+        row = next(made) if job in missing else run(job, kept)
+        print(
+            f"{job.name}  lr {job.lr:g}  held out {row['heldout']:.1%}  {row['seconds']:.0f} s",
+            flush=True,
+        )
+        rows.append(row)
     return rows
 
 
 def search(
-    texts: Path, models: Mapping[str, Path], extent: Extent, kept: Path
+    texts: Path, models: Mapping[str, Path], extent: Extent, kept: Path, pool: Executor
 ) -> tuple[list[Row], dict[tuple[str, str], float]]:
     """Try every learning rate on each task and side; the rows, and the best rates."""
     jobs = [
         Job(texts, model, task, side, extent.examples[-1], SEARCH_SEED, lr, extent.steps)
         for task, (side, model), lr in itertools.product(TASKS, models.items(), extent.rates)
     ]
-    rows = results(jobs, kept)
+    rows = results(jobs, kept, pool)
     return rows, searched(jobs, rows)
 
 
@@ -525,7 +536,7 @@ def arguments() -> tuple[argparse.Namespace, list[Row]]:
     parser.add_argument(
         "--quick",
         action="store_true",
-        help="200 examples, one seed, no search, to check that it works",
+        help="100 examples, one seed, no search, to check that it works",
     )
     given = parser.parse_args()
     check_texts(parser, given.texts)
@@ -589,23 +600,24 @@ def main() -> None:
     if not recorded:
         model = given.model or pretrain(given.data, given.out / "downstream-model")
         models = {SCRATCH: model, PRETRAINED: model} | models
-    tried, best = search(given.texts, models, extent, kept)
-    jobs = [
-        Job(
-            given.texts,
-            models.get(side),
-            task,
-            side,
-            examples,
-            seed,
-            best.get((task, side), 0.0),
-            extent.steps,
-        )
-        for task, examples, side, seed in itertools.product(
-            TASKS, extent.examples, (*words, *models), extent.seeds
-        )
-    ]
-    measured = results(jobs, kept)
+    with workers() as pool:
+        tried, best = search(given.texts, models, extent, kept, pool)
+        jobs = [
+            Job(
+                given.texts,
+                models.get(side),
+                task,
+                side,
+                examples,
+                seed,
+                best.get((task, side), 0.0),
+                extent.steps,
+            )
+            for task, examples, side, seed in itertools.product(
+                TASKS, extent.examples, (*words, *models), extent.seeds
+            )
+        ]
+        measured = results(jobs, kept, pool)
     machine = header(torch.device("cpu"))
     described = [describe_model(side, path, machine["commit"]) for side, path in models.items()]
     tasks = [] if recorded else [describe_task(given.texts, task) for task in TASKS]

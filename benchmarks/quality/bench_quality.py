@@ -64,7 +64,7 @@ from fastbert.training.picture import INK, MUTED
 
 RECIPE = ROOT / "fastbert/recipes/demo.toml"
 OURS, TRAINER, SAME = "fastbert", "Trainer", "Trainer, our recipe"
-POINTS = 12  # evaluations per run
+POINTS, QUICK_POINTS = 12, 2  # evaluations per run
 SHORTER = (2, 3, 5, 8, 12, 20)  # our shorter runs have the time divided by these
 DEFAULTS = (8, 5e-5)  # batch and learning rate of TrainingArguments
 GRID = [DEFAULTS, (8, 5e-4), (8, 1e-3), (32, 5e-5), (32, 5e-4), (32, 1e-3)]
@@ -112,10 +112,14 @@ class Bench:
         dataset: the training data.
         folder: keeps the curves, one file for each finished run.
         precision: "fp32" or "bf16", of both sides.
+        points: evaluations of the Trainer per run.
     """
 
-    def __init__(self, dataset: TokenDataset, folder: Path, precision: str = "fp32"):
-        self.dataset, self.folder, self.precision = dataset, folder, precision
+    def __init__(
+        self, dataset: TokenDataset, folder: Path, precision: str = "fp32", points: int = POINTS
+    ):
+        self.dataset, self.folder = dataset, folder
+        self.precision, self.points = precision, points
         folder.mkdir(parents=True, exist_ok=True)
 
     def curve(self, run: Run) -> Curve:
@@ -153,7 +157,7 @@ class Bench:
                     settings += common(self.precision)
                     run_module("fastbert", ["pretrain", RECIPE, *settings], run.name)
                 else:
-                    values = {"seconds": run.seconds, "points": POINTS, "seed": run.seed}
+                    values = {"seconds": run.seconds, "points": self.points, "seed": run.seed}
                     values["precision"] = self.precision
                     values |= {"batch": run.batch, "lr": run.lr} if run.batch else {}
                     settings = [f"--{key}={value}" for key, value in values.items()]
@@ -430,13 +434,13 @@ def main() -> None:
     parser.add_argument(
         "--quick",
         action="store_true",
-        help="three seconds, one seed, no search, to check that it works",
+        help="two seconds, one seed, no search, to check that it works",
     )
     given = parser.parse_args()
-    seconds, seeds, grid, shorter = (
-        (3.0, [1], GRID[:1], SHORTER[:1])
+    seconds, seeds, grid, shorter, points = (
+        (2.0, [1], GRID[:1], SHORTER[:1], QUICK_POINTS)
         if given.quick
-        else (given.seconds, given.seeds, GRID, SHORTER)
+        else (given.seconds, given.seeds, GRID, SHORTER, POINTS)
     )
     if SEARCH_SEED in seeds:
         parser.error(f"--seeds {SEARCH_SEED}: the search uses this seed; choose others")
@@ -444,14 +448,14 @@ def main() -> None:
     dataset = open_dataset(given.dataset.resolve())
     check_that_both_measure_the_same(dataset)
     runs = given.out / "quality-runs" / dataset.sha256[:8] / given.precision
-    bench = Bench(dataset, runs, given.precision)
+    bench = Bench(dataset, runs, given.precision, points)
     search = [Run(TRAINER, seconds / SEARCH_SHARE, SEARCH_SEED, *settings) for settings in grid]
     brief = [ours(seconds / part, seed) for seed in seeds for part in shorter]
     bench.make([*search, *brief])
     best = min(search, key=lambda run: bench.curve(run)[-1]["loss_mlm"])
     print(f"the Trainer will use batch {best.batch}, learning rate {best.lr:g}", flush=True)
     pace = bench.curve(brief[0])[-1]
-    every = max(1, round(pace["step"] / pace["training_seconds"] * seconds / POINTS))
+    every = max(1, round(pace["step"] / pace["training_seconds"] * seconds / points))
     sides = {
         OURS: [ours(seconds, seed) for seed in seeds],
         TRAINER: [Run(TRAINER, seconds, seed, best.batch, best.lr) for seed in seeds],
