@@ -173,6 +173,22 @@ def test_a_kernel_that_exits_is_a_fault(tmp_path, capsys):
     assert f"fault: exception: {tmp_path.name}/exits.py:{line}" in capsys.readouterr().out
 
 
+ASKS_FOR_A_GPU = {  # what a launcher does, and what the report says of it; the last one does not
+    "assert x.is_cuda": "AssertionError: ; kernels run on CPU tensors here: leave out what asks",
+    "torch.cuda.device(x.device).__enter__()": "cpu; kernels run on CPU tensors here: leave out",
+    "assert x.is_contiguous() and x.numel() > 9": "AssertionError: \n",
+}
+
+
+@pytest.mark.parametrize("line", ASKS_FOR_A_GPU)
+def test_a_launcher_that_asks_for_a_gpu_is_told_how_kernels_run(line, tmp_path, capsys):
+    main(["--init"])
+    text = capsys.readouterr().out + f"def kernel(x, y):\n    {line}\n    return x + y\n"
+    (tmp_path / "asks.py").write_text(text, encoding="utf-8")
+    assert main([str(tmp_path / "asks.py"), "--dtypes", "fp32", "--shapes", "n=3"]) == 1
+    assert ASKS_FOR_A_GPU[line] in capsys.readouterr().out
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_a_report_that_cannot_be_written_is_one_line(monkeypatch, capsys):
     monkeypatch.setattr(sys, "stdout", open("/dev/full", "w"))
