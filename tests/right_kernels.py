@@ -16,6 +16,7 @@ from triton.language.extra import libdevice
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastbert_kernels.checker.cases import Check
+from tests.wrong_kernels import blocked_argmax
 
 RIGHT: dict[str, Check] = {}
 ROUNDING: dict[str, Check] = {}
@@ -991,6 +992,13 @@ RIGHT["scan in reverse along the first axis"] = Check(
     [{"rows": 8, "N": 16}],
     dtypes=["fp32"],
 )
+
+# ---- which of equal values
+
+RIGHT["index of the first of the largest"] = Check(
+    blocked_argmax(False), lambda x: x.argmax(-1), normal("x"), [{"rows": 4, "columns": 50}]
+)
+
 
 # ---- programs that wait for those before them
 

@@ -32,6 +32,7 @@ from fastbert_kernels.checker.clocks import Clocks
 from fastbert_kernels.checker.command import main
 from fastbert_kernels.checker.execute import NO_BACKWARD, launch_both_ways
 from fastbert_kernels.checker.lint import NAMES, lint_source
+from fastbert_kernels.checker.machine_code import amd_load_widths
 from fastbert_kernels.checker.noise import Noise
 from fastbert_kernels.checker.report import Finding, count
 from fastbert_kernels.checker.serial import Serial
@@ -173,6 +174,22 @@ def test_a_kernel_that_exits_is_a_fault(tmp_path, capsys):
     assert f"fault: exception: {tmp_path.name}/exits.py:{line}" in capsys.readouterr().out
 
 
+ASKS_FOR_A_GPU = {  # what a launcher does, and what the report says of it; the last one does not
+    "assert x.is_cuda": "AssertionError: ; kernels run on CPU tensors here: leave out what asks",
+    "torch.cuda.device(x.device).__enter__()": "cpu; kernels run on CPU tensors here: leave out",
+    "assert x.is_contiguous() and x.numel() > 9": "AssertionError: \n",
+}
+
+
+@pytest.mark.parametrize("line", ASKS_FOR_A_GPU)
+def test_a_launcher_that_asks_for_a_gpu_is_told_how_kernels_run(line, tmp_path, capsys):
+    main(["--init"])
+    text = capsys.readouterr().out + f"def kernel(x, y):\n    {line}\n    return x + y\n"
+    (tmp_path / "asks.py").write_text(text, encoding="utf-8")
+    assert main([str(tmp_path / "asks.py"), "--dtypes", "fp32", "--shapes", "n=3"]) == 1
+    assert ASKS_FOR_A_GPU[line] in capsys.readouterr().out
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_a_report_that_cannot_be_written_is_one_line(monkeypatch, capsys):
     monkeypatch.setattr(sys, "stdout", open("/dev/full", "w"))
@@ -236,9 +253,28 @@ def test_kernels_are_compiled_for_gpus_that_are_not_there(tmp_path, capsys):
     pattern = r"sm_90: add_kernel, fp32: \d+ registers, 0 bytes spilled, 0 bytes of shared memory"
     assert re.search(pattern, done.stdout), done.stdout
     assert "narrowest load of x_ptr 32 bits, y_ptr 32 bits" in done.stdout
-    assert "gfx942: add_kernel, fp32: " in done.stdout
+    (amd,) = re.findall(r"gfx942: add_kernel, fp32: .*", done.stdout)
+    assert "narrowest load of an unknown argument 32 bits" in amd
     done = python(*command, "sm_1", cwd=tmp_path)
     assert done.returncode == 2 and "unknown architecture 'sm_1'; known are sm_80" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("loads", "bits"),
+    [
+        (
+            ["global_load_dwordx4 v[4:7], v[0:1], off", "buffer_load_dwordx2 v[2:3], v1, s[8:11]"],
+            64,
+        ),
+        (["global_load_dwordx4 v[4:7], v[0:1], off", "global_load_ushort v2, v[0:1], off"], 16),
+        (["buffer_load_sbyte_d16 v2, v1, s[8:11], 0 offen", "global_load_dword v3, v[0:1]"], 8),
+        (["s_load_dwordx2 s[2:3], s[0:1], 0x0", "global_store_short v[0:1], v2, off"], None),
+    ],
+)
+def test_the_narrowest_load_in_the_assembly_of_amd(loads, bits):
+    """Scalar loads, which read arguments, do not count."""
+    found = amd_load_widths({"amdgcn": "\n\t".join(["kernel:", *loads])})
+    assert list(found.values()) == ([] if bits is None else [bits])
 
 
 # ---- the plugin

@@ -499,12 +499,17 @@ def broken(tmp_path: Path) -> dict[str, tuple[Path | str, dict[str, str], list[s
         "field": (
             write(tmp_path / "f.jsonl", '{"body": 1, "title": 2}'),
             {},
-            ["line 1", "no field 'text'", "--text-field", "body, title"],
+            ["line 1", "no field 'text'", "no field of the object holds text: body, title"],
+        ),
+        "field beside a list": (
+            write(tmp_path / "fb.jsonl", '{"rows": ["a"], "n": 1, "d": {"body": "b"}, "c": null}'),
+            {},
+            ["no field 'text'", "choose with --text-field among: d.body, c"],
         ),
         "field of a field": (
             write(tmp_path / "fl.jsonl", '{"doc": {"title": 5, "body": "b"}}'),
             {"text_field": "doc.title"},
-            ["line 1", "'doc.title' is a number", "among: doc, doc.body"],
+            ["line 1", "'doc.title' is a number", "among: doc.body"],
         ),
         "field kind": (
             write(tmp_path / "k.jsonl", '\n{"text": 5}'),

@@ -101,6 +101,7 @@ def test_what_a_resumed_mixture_may_not_change(recipe, two_sources, tmp_path):
     assert "weights = (0.5, 0.5), but the checkpoint" in refusal(
         recipe, "weights=[0.5, 0.5]", resume=True
     )
+    train(recipe, "weights=[14, 6]", "stop.steps=6", resume=True)  # the same shares
     swapped = f'data=[{{path = "{b}"}}, {{path = "{a}"}}]'
     assert "data 1 = " in (message := refusal(recipe, swapped, resume=True))
     assert "not the dataset that" in message

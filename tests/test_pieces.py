@@ -11,7 +11,7 @@ import pytest
 from fastbert.data.corpus_plan import Plan
 from fastbert.data.dataset import TokenDataset
 from fastbert.data.documents import read_documents
-from fastbert.data.encode import ChunkEncoder, hash_text
+from fastbert.data.encode import ChunkEncoder, hash_spans, hash_text
 from fastbert.data.job import Job
 from fastbert.data.pieces import PieceEncoder, is_intact, read_documents_of, read_piece
 from fastbert.data.segments import lay_out
@@ -49,6 +49,15 @@ def test_pieces_hold_all_documents(job: Job, english_jsonl: Path) -> None:
         for part in parts:
             assert part.sentences.sum() == len(part.tokens)
             assert part.documents.sum() == len(part.sentences)
+            one_by_one = np.split(part.tokens, np.cumsum(part.sentences)[:-1])
+            alone = [hash_spans(tokens, np.array([len(tokens)]))[0] for tokens in one_by_one]
+            assert part.sentence_hashes is not None and part.sentence_hashes.tolist() == alone
+            kept = np.arange(len(part.documents)) % 3 > 0
+            chosen = part.chosen(kept)
+            assert chosen.sentence_hashes is not None
+            assert np.array_equal(
+                chosen.sentence_hashes, hash_spans(chosen.tokens, chosen.sentences)
+            )
     texts = [text for text in read_documents([english_jsonl]) if text.strip()]
     assert sorted(hashes) == sorted(map(hash_text, texts))
     # A document's ids do not depend on the piece that it is in.

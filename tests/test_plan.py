@@ -15,6 +15,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastbert.config import BertConfig, ModelConfig, ModernBertConfig, OptimizerConfig, RunConfig
+from fastbert.data.batches import Batches
 from fastbert.data.manifest import SpecialIds
 from fastbert.data.packing import PackedBatch, pack_texts
 from fastbert.errors import InputError
@@ -471,6 +472,25 @@ def test_the_end_of_the_run_is_the_first_condition_reached():
     assert steps("steps = 50\ntokens = 2560000") == 50
     assert steps("epochs = 3") is None  # the length of an epoch is unknown without the dataset
     assert (steps("seconds = 100", "seconds") or 0) > 1
+
+
+@pytest.mark.parametrize(("epochs", "refused"), [(9, True), (0.5, False)])
+def test_a_plan_says_that_a_source_would_be_used_too_often(two_sources, epochs, refused):
+    """What training refuses, in its words."""
+    sources = ", ".join(f'{{path = "{dataset.path}", epochs = 2}}' for dataset in two_sources)
+    config = parse_config(
+        f"data = [{sources}]\nweights = [1, 1]\n[stop]\nepochs = {epochs}\n"
+        "[batch]\nsequences = 8\n",
+        "test.toml",
+    )
+    limit = plan(config, "test.toml", 1, "h100", stage=1).limit
+    if not refused:
+        Batches(two_sources, config)
+        assert "epochs" not in limit
+        return
+    with pytest.raises(InputError) as error:
+        Batches(two_sources, config)
+    assert limit == str(error.value) and "epochs, and it may be used for epochs = 2" in limit
 
 
 def test_the_stage_comes_from_the_deepspeed_file(tmp_path):

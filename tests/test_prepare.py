@@ -406,14 +406,14 @@ RUN = (
     "import sys; from fastbert.data import corpus_plan; corpus_plan.PIECE_BYTES = 1 << 18; "
     "from fastbert.data import segments; segments.SEGMENT_BYTES = 1 << 16; "
     "from fastbert.data.prepare import prepare; "
-    "prepare([sys.argv[1]], sys.argv[2], workers=2, vocab_size=8000)"
+    "prepare([sys.argv[1]], sys.argv[2], workers=3, vocab_size=8000)"
 )
 
 
 def started(
     text: Path, out: Path, until: Callable[[], bool]
 ) -> tuple[subprocess.Popen[str], list[psutil.Process]]:
-    """Start RUN, and wait until a condition is met and its two workers are there."""
+    """Start RUN, and wait until a condition is met and its two other workers are there."""
     process = subprocess.Popen(
         [sys.executable, "-c", RUN, text, out],
         stderr=subprocess.PIPE,

@@ -60,7 +60,10 @@ def test_a_part_is_added(english_documents: list[str], tmp_path: Path) -> None:
     with pytest.raises(InputError, match="part-00001 has exactly this text already"):
         prepare([second], out, add=True, heldout=0.05, **OPTIONS)
     assert files_of(out) == after
-    shutil.rmtree(tmp_path / "dataset.work")
+    nothing = write(tmp_path / "nothing.jsonl", [" ", ""])
+    with pytest.raises(InputError, match="no document with text; there is nothing to add"):
+        prepare([nothing], out, add=True, **OPTIONS)
+    assert files_of(out) == after and not (tmp_path / "dataset.work").exists()
     # Only copies of held-out documents: a part without training text.
     copies = [text for text in distinct[:400] if hash_text(text) in held]
     prepare([write(tmp_path / "c.jsonl", copies)], out, add=True, **OPTIONS)

@@ -46,6 +46,42 @@ def test_large_items_and_results() -> None:
     assert list(map_in_order(operator.itemgetter, (0,), items, 2)) == [item[0] for item in items]
 
 
+def waiting_for_all(folder: Path, processes: int):
+    """Return once each of the processes works on an item."""
+
+    def work(item: int) -> int:
+        (folder / str(os.getpid())).touch()
+        deadline = time.monotonic() + 60
+        while len(list(folder.iterdir())) < processes and time.monotonic() < deadline:
+            time.sleep(0.01)
+        return os.getpid()
+
+    return work
+
+
+def test_this_process_is_one_of_the_workers(tmp_path: Path) -> None:
+    """All of them work at the same time, and share the items evenly where these are alike."""
+    found = list(map_in_order(waiting_for_all, (tmp_path, 3), range(3), 3))
+    assert len(set(found)) == 3 and os.getpid() in found
+
+
+def test_an_error_of_this_process_comes_in_its_turn() -> None:
+    results = map_in_order(failing, (os.getpid(),), range(40), 2)
+    before = []
+    with pytest.raises(InputError, match="in the first process"):
+        before += results
+    assert before == [0]  # the other one gets the first item
+
+
+def failing(first: int):
+    def work(item: int) -> int:
+        if os.getpid() == first:
+            raise InputError("in the first process")
+        return item
+
+    return work
+
+
 def parser(field: str):
     return lambda data: parse(Chunk(Source(Path("a.jsonl"), "jsonl", ""), data, 1, 0, 0), field)
 

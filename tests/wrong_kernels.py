@@ -767,6 +767,39 @@ add(
 
 
 @triton.jit
+def blocked_argmax_kernel(x_ptr, y_ptr, N, FAULT: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    largest, index = float("-inf"), 0
+    for first in range(0, N, BLOCK):
+        column = first + tl.arange(0, BLOCK)
+        x = tl.load(x_ptr + row * N + column, mask=column < N, other=float("-inf"))
+        of_block, place = tl.max(x, 0), first + tl.argmax(x, 0)
+        later = of_block >= largest if FAULT else of_block > largest
+        largest, index = tl.where(later, of_block, largest), tl.where(later, place, index)
+    tl.store(y_ptr + row, index)
+
+
+def blocked_argmax(fault: bool) -> Any:
+    def run(x):
+        y = torch.empty(len(x), dtype=torch.int64)
+        blocked_argmax_kernel[(len(x),)](x, y, x.shape[1], fault, BLOCK=8)
+        return y
+
+    return run
+
+
+add(
+    "last of equals",
+    "equal values",
+    blocked_argmax_kernel,
+    blocked_argmax(True),
+    "result",
+    reference=lambda x: x.argmax(-1),
+    shapes=[{"rows": 4, "columns": 50}],
+)
+
+
+@triton.jit
 def largest_kernel(x_ptr, y_ptr, N, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)

@@ -47,8 +47,7 @@ def measure(train: Split, heldout: Split, vocab_size: int) -> dict[str, float]:
     tested = _sample(heldout, HELDOUT_TOKENS, vocab_size)
     cut = len(counted) - min(len(counted) // 20, TUNE_TOKENS)
     models = _Models(counted[:cut], vocab_size)
-    with ThreadPoolExecutor(min(2, usable_cores())) as pool:
-        test, tune = pool.map(models.predict, (tested, counted[cut:]), (2, 1))
+    test, tune = models.predict(tested, 2), models.predict(counted[cut:], 1)
     probabilities = {
         "unigram": test.unigram,
         "left_bigram": test.left,
@@ -187,19 +186,22 @@ class _Models:
         hidden = np.random.Generator(np.random.Philox(seed)).random((2, len(word))) < HIDDEN
         hidden &= np.stack([left, right]) != self.size - 1  # a boundary stands for [CLS] or [SEP]
         pair = ~hidden.any(0)
+        # The overlap takes as long as all look-ups, which go on meanwhile.
+        with ThreadPoolExecutor(1) as pool:
+            overlap = pool.submit(self._overlap, left[pair], right[pair])
+            trigram, trigram_rest = self.between.look_up(left * self.size + right, word)
+            left_part, left_rest = self.after.look_up(left, word)
+            right_part, right_rest = self.before.look_up(right, word)
         unigram = self.unigram[word]
-        left_part, left_rest = self.after.look_up(left, word)
-        right_part, right_rest = self.before.look_up(right, word)
         p_left = np.where(hidden[0], unigram, left_part + left_rest * unigram)
         p_right = np.where(hidden[1], unigram, right_part + right_rest * unigram)
         # The product is normalised by its sum over the vocabulary, the sum over v of
         # (part_l(v) + rest_l u(v)) (part_r(v) + rest_r u(v)) / u(v), where each part sums to
         # 1 - rest.
         a, b = left_rest[pair], right_rest[pair]
-        total = self._overlap(left[pair], right[pair]) + (1 - a) * b + a * (1 - b) + a * b
+        total = overlap.result() + (1 - a) * b + a * (1 - b) + a * b
         product = np.zeros(len(word))
         product[pair] = p_left[pair] * p_right[pair] / unigram[pair] / total
-        trigram, trigram_rest = self.between.look_up(left * self.size + right, word)
         return _Predictions(
             unigram,
             p_left,

@@ -288,16 +288,23 @@ def _field_problem(value: dict[str, Any], text_field: str) -> str:
     try:
         text = field_of(value, text_field)
     except KeyError:
-        return f"no field '{text_field}'; {_choose_among(json_names(value))}"
+        return f"no field '{text_field}'; {_choose_among_fields(value)}"
     if text is TWICE:
         return f"the field '{text_field}' is given twice; keep one"
     if not isinstance(text, str | None):
-        others = [name for name in json_names(value) if name != text_field]
         return (
             f"the field '{text_field}' is a {JSON_NAMES[type(text)]}, not a string; "
-            f"{_choose_among(others)}"
+            f"{_choose_among_fields(value)}"
         )
     return ""
+
+
+def _choose_among_fields(value: dict[str, Any]) -> str:
+    """Name the fields that hold a string, or null, which may be a string in another record."""
+    kinds = {name: field_of(value, name) for name in json_names(value)}
+    if texts := [name for name, found in kinds.items() if isinstance(found, str | None)]:
+        return _choose_among(texts)
+    return f"no field of the object holds text: {shown(kinds)}" if kinds else "the object is empty"
 
 
 def _choose_among(names: Iterable[str]) -> str:

@@ -31,6 +31,8 @@ class Documents:
     documents: np.ndarray  # int64 [D], sentences of each, at least 1
     # bool [T]: the token begins a word; None where the token itself says so, as in BERT
     begins_word: np.ndarray | None = None
+    # uint64 [S], of `hash_spans`; None where nobody has computed them yet
+    sentence_hashes: np.ndarray | None = None
 
     def chosen(self, kept: np.ndarray) -> Documents:
         """Return some of the documents; `kept` is bool [D]."""
@@ -39,8 +41,9 @@ class Documents:
         sentences = np.repeat(kept, self.documents)
         tokens = np.repeat(sentences, self.sentences)
         begins = None if self.begins_word is None else self.begins_word[tokens]
+        hashes = None if self.sentence_hashes is None else self.sentence_hashes[sentences]
         return Documents(
-            self.tokens[tokens], self.sentences[sentences], self.documents[kept], begins
+            self.tokens[tokens], self.sentences[sentences], self.documents[kept], begins, hashes
         )
 
 

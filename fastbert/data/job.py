@@ -21,7 +21,7 @@ from fastbert.data.segments import File
 from fastbert.errors import InputError
 
 # Grows when a task computes something else from the same input.
-_VERSION = 1
+_VERSION = 2
 
 
 @dataclass(frozen=True)

@@ -190,12 +190,17 @@ class Timetable:
 
     def check_epochs(self) -> None:
         """Raise InputError where the planned run uses a source more often than it may."""
+        if problem := self.epochs_problem():
+            raise InputError(problem)
+
+    def epochs_problem(self) -> str | None:
+        """Return which source the planned run uses more often than it may, and what to change."""
         bounded = [(i, s) for i, s in enumerate(self.config.sources) if s.epochs]
         if not bounded:
-            return
+            return None
         end = self.planned_steps()
         if end is None:
-            raise InputError(
+            return (
                 f"data: {bounded[0][1].path} has epochs = {bounded[0][1].epochs:g}, which needs a "
                 "run of known length: set stop.steps, stop.tokens or stop.epochs"
             )
@@ -212,11 +217,12 @@ class Timetable:
                     f"about a share of {share * fits:.3g} of the examples would fit, or a run of "
                 )
                 advice += f"{int(end * fits):,} steps"
-            raise InputError(
+            return (
                 f"data: the run of {end:,} steps would use {source.path}, with a share of "
                 f"{share:.3g} of the examples, for {used[i]:.3g} epochs, and it may be used for "
                 f"epochs = {source.epochs:g}; {advice}"
             )
+        return None
 
     @property
     def _sources(self) -> range:

@@ -1,8 +1,9 @@
 """Encode a piece of the text, and read what was encoded.
 
 piece-KEY.arrays    for each chunk of text, one after another: token ids, tokens of each
-                    sentence (uint8), sentences of each document (uint32) and, for tokenizers
-                    other than BERT's, a bit for each token that begins a word
+                    sentence (uint8), sentences of each document (uint32), hashes of the sentences
+                    (uint64) and, for tokenizers other than BERT's, a bit for each token that
+                    begins a word
 piece-KEY.npz       hashes of the documents, which of them share text with evaluation sets,
                     counts, bad records, and the SHA-256 of the other file; written last
 """
@@ -18,7 +19,7 @@ import numpy as np
 
 from fastbert.data.decontaminate import Shared
 from fastbert.data.documents import Chunk, lines_before
-from fastbert.data.encode import ChunkEncoder, Documents, EncodedChunk
+from fastbert.data.encode import ChunkEncoder, Documents, EncodedChunk, hash_spans
 from fastbert.data.job import Job
 from fastbert.data.report import TextStats
 from fastbert.data.results import (
@@ -185,6 +186,8 @@ def _arrays(documents: Documents) -> list[np.ndarray]:
         documents.tokens,
         documents.sentences.astype(np.uint8),
         documents.documents.astype("<u4"),
+        # Of all work on a shard, these would take the longest. Here all workers share it.
+        hash_spans(documents.tokens, documents.sentences).astype("<u8", copy=False),
     ]
     if documents.begins_word is not None:
         arrays.append(np.packbits(documents.begins_word))
@@ -198,6 +201,7 @@ def read_documents_of(path: Path, has_words: bool) -> Iterator[Documents]:
         path: the file.
         has_words: whether it says which tokens begin a word.
     """
-    for tokens, sentences, documents, *bits in read_array_file(path, 3 + has_words):
+    for tokens, sentences, documents, hashes, *bits in read_array_file(path, 4 + has_words):
         begins = np.unpackbits(bits[0], count=len(tokens)).astype(bool) if bits else None
-        yield Documents(tokens, sentences.astype(np.int64), documents.astype(np.int64), begins)
+        counts = sentences.astype(np.int64), documents.astype(np.int64)
+        yield Documents(tokens, *counts, begins, hashes)

@@ -39,7 +39,7 @@ from fastbert.data.report import Report
 from fastbert.data.results import disk_errors, key_of, read_arrays, write_arrays
 from fastbert.data.seal import published, remove_work, seal
 from fastbert.data.segments import File, lay_out
-from fastbert.data.settle import MissingPiece, Settled, read_settled, settle
+from fastbert.data.settle import MissingPiece, NothingToAdd, Settled, read_settled, settle
 from fastbert.data.sources import find_sources
 from fastbert.data.tokenizer import is_bert, load_tokenizer
 from fastbert.data.unpack import BadRecord
@@ -131,7 +131,7 @@ def prepare(sources: Sequence[str | Path], out: str | Path, **options: Any) -> R
     with _started(sources, Path(out), Options(**options)) as run:
         if isinstance(run, Report):
             return run
-        with _alone(run.job.work):
+        with _alone(run.job.work), _removed_if_nothing_to_add(run.job.work):
             return run.finish()
 
 
@@ -235,7 +235,7 @@ class _Run:
                 return f"{out}: all {len(shards):,} shards are there; next, {rerun}"
             if share != 0:
                 return f"{out}: only the last task is missing; run --task 0/{shares}"
-            with _alone(job.work):
+            with _alone(job.work), _removed_if_nothing_to_add(job.work):
                 self._seal(settled)
         remove_work(job.work)
         return f"{out}: ready"
@@ -420,6 +420,16 @@ def _alone(work: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def _removed_if_nothing_to_add(work: Path) -> Iterator[None]:
+    """Remove the results if the block finds nothing in them to add: they are of no further use."""
+    try:
+        yield
+    except NothingToAdd:
+        remove_work(work)
+        raise
 
 
 def _check(out: Path, options: Options) -> None:

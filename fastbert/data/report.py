@@ -117,7 +117,10 @@ class CorpusStats:
             self.kept_tokens[i] += lengths.clip(max=length - 2).sum()
         if self._unknown is not None:
             self.unknown_tokens += int(np.count_nonzero(part.tokens == self._unknown))
-        self.sentence_hashes.add(hash_spans(part.tokens, part.sentences))
+        hashes = part.sentence_hashes
+        if hashes is None:
+            hashes = hash_spans(part.tokens, part.sentences)
+        self.sentence_hashes.add(hashes)
 
     def to_arrays(self) -> tuple[dict[str, int], dict[str, np.ndarray]]:
         """Return the counts, and the arrays, for a file."""

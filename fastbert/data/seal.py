@@ -28,7 +28,7 @@ from fastbert.data.job import Job, Vocabulary
 from fastbert.data.manifest import MANIFEST, SPLITS, token_dtype
 from fastbert.data.report import About, CorpusStats, Report, Row, make_report
 from fastbert.data.results import publish, read_json, write_json
-from fastbert.data.settle import SHARD_BYTES, Settled
+from fastbert.data.settle import SHARD_BYTES, NothingToAdd, Settled
 from fastbert.data.tokenizer import is_bert, kind_of, save_tokenizer, special_ids, unreachable
 from fastbert.data.vocabulary import BPE
 from fastbert.durable import sealed, sha256_of, sync, unsealed, write_whole
@@ -187,11 +187,11 @@ def _old_manifest(job: Job) -> dict[str, Any] | None:
 
 
 def _check_new(job: Job, old: dict[str, Any] | None, table: np.ndarray) -> None:
-    """Raise InputError where a part of the dataset has exactly this text."""
+    """Raise NothingToAdd where a part of the dataset has exactly this text."""
     digest = hashlib.sha256(table.tobytes()).hexdigest()
     for name, entry in (old or {"files": {}})["files"].items():
         if name.endswith("/blocks") and entry["sha256"] == digest:
-            raise InputError(
+            raise NothingToAdd(
                 f"{job.out}: {name.partition('/')[0]} has exactly this text already; "
                 "nothing was added"
             )

@@ -77,7 +77,7 @@ def settle(job: Job, sources: Sequence[str | Path]) -> Settled:
         sources: for the error.
 
     Raises:
-        InputError: more bad records than allowed, or not enough documents.
+        InputError: more bad records than allowed, or not enough documents (NothingToAdd).
         MissingPiece: a piece is damaged.
     """
     text, seen, estimator = TextStats(), Seen(), DuplicateEstimator()
@@ -133,6 +133,10 @@ class MissingPiece(Exception):
     """A piece is missing or damaged, and has to be made again."""
 
 
+class NothingToAdd(InputError):
+    """The text has nothing that could become a part of the dataset."""
+
+
 def _pieces(job: Job) -> Iterator[Piece]:
     for number in range(job.plan.pieces):
         piece = read_piece(job, number)
@@ -186,7 +190,7 @@ def _heldout_bound(
     kept = " is left by --without" if job.without else ""
     if job.base is not None:
         if not distinct:
-            raise InputError(f"{names}: no document with text{kept}; there is nothing to add")
+            raise NothingToAdd(f"{names}: no document with text{kept}; there is nothing to add")
         return min(below, job.base.heldout_below)
     if distinct < 2:
         found = "one distinct document" if distinct else "no document with text"

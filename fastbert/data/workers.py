@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, Pipe, wait
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 from fastbert import child
 from fastbert.errors import InputError
@@ -26,7 +26,6 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 REPORT_EVERY_S = 1.0  # a worker reports what it has done of an item at most that often
-_END = object()
 _WORKER = (
     "from multiprocessing.connection import Connection; from fastbert.data.workers import serve; "
     "serve(Connection(int(sys.argv[1])))"
@@ -42,51 +41,53 @@ def map_in_order(
 ) -> Generator[Result]:
     """Apply `make(*arguments)` to the items and yield the results in order.
 
-    The function is made once in each of `workers` processes, or in this process where `workers` is
-    1. A few items per worker are in progress at any time. Close the generator to end the processes.
+    The function is made once in each of `workers` processes. This one is among them: it has
+    imported everything already, and would only wait otherwise. A few items per worker are in
+    progress at any time. Close the generator to end the other processes.
 
     Args:
         make, arguments: make the function.
         items: what it is applied to.
-        workers: how many processes.
+        workers: how many processes, with this one.
         advance: is called with what the function reports while it works on an item, in any order of
             the items; `make` then gets a function to report with as its last argument.
 
     Raises:
         InputError: the function raised one, in the order of the items; or a worker was killed.
     """
+    reports = [advance] if advance else []
     if workers == 1:
-        yield from map(make(*arguments, *([advance] if advance else [])), items)
+        yield from map(make(*arguments, *reports), items)
         return
-    source: Iterator[Any] = iter(items)
-    more = True  # whether there are items left
-    sent = given = 0  # items sent to workers; results yielded
+    # Few results wait for an earlier one.
+    source = _Source(items, 4 * workers)
     done: dict[int, Result | InputError] = {}
     pool: list[_Worker] = []
     try:
-        _start(pool, workers)
+        _start(pool, workers - 1)
         for worker in pool:
             worker.send((make, arguments, advance is not None))
-        while more or given < sent:
-            # Each worker gets two items, so that it never waits. `sent` stays close to `given`, so
-            # that few results wait for an earlier one.
-            for worker in pool:
-                while more and len(worker.waiting) < 2 and sent - given < 4 * workers:
-                    item = next(source, _END)
-                    if item is _END:
-                        more = False
-                    else:
-                        worker.send(item)
-                        worker.waiting.append(sent)
-                        sent += 1
-            for number, result in _receive(pool, advance):
+        function = make(*arguments, *reports)
+        while True:
+            # An idle worker gets an item before this process does. Then each gets a second one, so
+            # that it does not wait while this process works. In this order the last items are
+            # shared out evenly.
+            _feed(pool, source, 1)
+            own = source.take()
+            _feed(pool, source, 2)
+            if own is not None:
+                number, item = own
+                done[number] = _result(function, item)
+            elif source.given == source.taken:
+                return
+            for number, result in _receive(pool, advance, block=own is None):
                 done[number] = result
-            while given in done:
-                result = done.pop(given)
+            while source.given in done:
+                result = done.pop(source.given)
                 if isinstance(result, InputError):
                     raise result
+                source.given += 1
                 yield result
-                given += 1
     except _Gone:
         raise InputError(
             "a worker ended before its work was done, most likely killed for lack of memory; "
@@ -124,6 +125,22 @@ def apply_in_child(
         ) from None
     finally:
         _end(pool)
+
+
+class _Source(Generic[Item]):
+    """Items with their numbers; at most `most` are taken before their results are given."""
+
+    def __init__(self, items: Iterable[Item], most: int):
+        self._items, self._most = enumerate(items), most
+        self.taken = self.given = 0
+
+    def take(self) -> tuple[int, Item] | None:
+        """Return the next item; None where there is none, or results must be given first."""
+        if self.taken - self.given >= self._most:
+            return None
+        found = next(self._items, None)
+        self.taken += found is not None
+        return found
 
 
 @dataclass(frozen=True)
@@ -171,21 +188,47 @@ def _start(pool: list[_Worker], count: int) -> None:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
+def _feed(pool: list[_Worker], source: _Source[Any], most: int) -> None:
+    """Send items to the workers that have fewer than `most`."""
+    for worker in pool:
+        while len(worker.waiting) < most and (taken := source.take()) is not None:
+            number, item = taken
+            worker.send(item)
+            worker.waiting.append(number)
+
+
 def _receive(
-    pool: list[_Worker], advance: Callable[[int], None] | None = None
+    pool: list[_Worker], advance: Callable[[int], None] | None = None, block: bool = True
 ) -> Iterator[tuple[int, Any]]:
-    """Wait for a message, if a result is due; yield all available results with their number."""
+    """Yield all results that have arrived, with their numbers.
+
+    Args:
+        pool: the workers.
+        advance: is called with what they report.
+        block: wait for a message, if a result is due.
+    """
     busy: dict[Any, _Worker] = {worker.connection: worker for worker in pool if worker.waiting}
-    for connection in wait(list(busy)) if busy else []:
-        try:
-            result = busy[connection].connection.recv()
-        except (EOFError, OSError):
-            raise _Gone from None
-        if isinstance(result, _Done):
-            if advance is not None:
+    for connection in wait(list(busy), None if block else 0) if busy else []:
+        worker = busy[connection]
+        while worker.waiting:
+            try:
+                result = worker.connection.recv()
+            except (EOFError, OSError):
+                raise _Gone from None
+            if not isinstance(result, _Done):
+                yield worker.waiting.popleft(), result
+            elif advance is not None:
                 advance(result.amount)
-            continue
-        yield busy[connection].waiting.popleft(), result
+            if not worker.connection.poll():
+                break
+
+
+def _result(function: Callable[[Item], Result], item: Item) -> Result | InputError:
+    """Apply a function; an InputError is a result, which has its turn like any other."""
+    try:
+        return function(item)
+    except InputError as error:
+        return error
 
 
 def _end(pool: list[_Worker]) -> None:
@@ -230,10 +273,7 @@ def serve(connection: Connection) -> None:
             make, arguments, reports = message[0]
             function = make(*arguments, *([report] if reports else []))
             continue
-        try:
-            result = function(message[0])
-        except InputError as error:
-            result = error
+        result = _result(function, message[0])
         try:
             if done:
                 connection.send(_Done(done))

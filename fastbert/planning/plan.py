@@ -25,6 +25,7 @@ from fastbert.data.dataset import TokenDataset, open_dataset
 from fastbert.data.manifest import MANIFEST
 from fastbert.data.masking import selected_counts
 from fastbert.data.mixture import BLOCK, source_seed
+from fastbert.data.phases import Timetable
 from fastbert.data.streams import Streams
 from fastbert.errors import InputError
 from fastbert.machine import (
@@ -320,7 +321,7 @@ def plan(
         near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
         hint = f"did you mean {' or '.join(near)}? " if near else ""
         raise InputError(f"--gpu {gpu}: unknown; {hint}known: {', '.join(known)}")
-    on_cpu, phases, config = name == CPU, len(config.phase), config.largest
+    on_cpu, phases, whole, config = name == CPU, len(config.phase), config, config.largest
     _check(config, recipe, gpus, on_cpu, efficiency, stage, mean_length, price)
     bf16 = config.runtime.precision == "bf16" or (
         config.runtime.precision == "auto" and (not on_cpu or device.bf16 >= WORTH_IT * device.fp32)
@@ -437,7 +438,8 @@ def plan(
         total_s=total_s,
         price_per_gpu_hour=price,
         cost=None if total_s is None or price is None else total_s / 3600 * gpus * price,
-        limit=_bottleneck(
+        limit=_too_often(whole, datasets)
+        or _bottleneck(
             memory,
             recomputed,
             device,
@@ -570,6 +572,13 @@ def _check(
         )
     if price is not None and not 0 <= price < math.inf:
         raise InputError(f"--price {price}: must be 0 or more, in dollars per GPU hour")
+
+
+def _too_often(config: RunConfig, datasets: Sequence[TokenDataset]) -> str | None:
+    """Return which source the run would use more often than it may: training refuses that."""
+    if not datasets or not any(source.epochs for source in config.sources):
+        return None
+    return Timetable(config, Streams(datasets, config)).epochs_problem()
 
 
 def _bottleneck(

@@ -10,6 +10,7 @@ from fastbert.checkpoints.checkpoint import WEIGHT, Checkpoint
 from fastbert.checkpoints.weight_names import check_layers, shapes
 from fastbert.config import RunConfig, by_key
 from fastbert.data.dataset import TokenDataset
+from fastbert.data.mixture import quotas
 from fastbert.errors import InputError
 from fastbert.recipe import parse_config
 from fastbert.training.optimizer import slots
@@ -75,7 +76,8 @@ def check_same_run(
     now = by_key(config)
     free = (*FREE, *BRANCH_FREE) if branches else FREE
     keys = dict.fromkeys([*now, *before])
-    changed = [key for key in keys if now.get(key) != before.get(key) and not _among(key, free)]
+    changed = [key for key in keys if not _same(key, now.get(key), before.get(key))]
+    changed = [key for key in changed if not _among(key, free)]
     # A dataset that fits one window has the same order whatever the window.
     windows = now["order.window"], before["order.window"]
     if all(dataset.windows(window) == 1 for dataset in datasets for window in windows):
@@ -152,6 +154,14 @@ def _check_tensors(config: RunConfig, dataset: TokenDataset, found: Checkpoint) 
                 f"{found.place}: {slot}/{wrong[0]} is missing or does not have the shape that the "
                 "recipe gives; take another checkpoint"
             )
+
+
+def _same(key: str, now: Any, before: Any) -> bool:
+    """Whether two values mean the same: weights of 8 and 2 are the shares 0.8 and 0.2."""
+    weights = key.rpartition(".")[2] == "weights"
+    if weights and isinstance(now, tuple) and isinstance(before, tuple):
+        return len(now) == len(before) and quotas(now) == quotas(before)
+    return now == before
 
 
 def _among(key: str, places: tuple[str, ...]) -> bool:

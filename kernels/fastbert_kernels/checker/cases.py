@@ -26,7 +26,7 @@ from fastbert_kernels.checker.definition import (
     validate,
 )
 from fastbert_kernels.checker.execute import Outcome, draw
-from fastbert_kernels.checker.extremes import add_extremes, of_one_sign
+from fastbert_kernels.checker.extremes import add_equal, add_extremes, of_one_sign
 from fastbert_kernels.checker.findings import faults_of, in_order, of_output
 from fastbert_kernels.checker.report import FAULT, Case, Finding, Moved, Report, Shape, count
 from fastbert_kernels.checker.shrink import shrink
@@ -91,6 +91,7 @@ def carry_out(checked: Check) -> Report:
         )
     else:
         add_extremes(checked, report)
+        add_equal(checked, report)
     if checked.large:
         from fastbert_kernels.checker.overflow import overflows
 

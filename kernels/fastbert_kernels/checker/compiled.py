@@ -200,7 +200,9 @@ def _measure(function: Any, args: tuple, kwargs: dict[str, Any], name: str) -> d
         "programs": machine_code.programs(
             device, registers, shared, built.metadata.num_warps, tensor_columns
         ),
-        "widths": machine_code.load_widths(built.asm, signature) if cuda else {},
+        "widths": machine_code.load_widths(built.asm, signature)
+        if cuda
+        else machine_code.amd_load_widths(built.asm),
     }
 
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -273,7 +274,24 @@ def what_and_where(error: BaseException) -> tuple[str, str]:
         frames = _frames(error, libraries) or frames
     line = f"{'/'.join(Path(frames[-1].filename).parts[-2:])}:{frames[-1].lineno}" if frames else ""
     text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0] if text else ''}", line
+    message = f"{type(error).__name__}: {text[0] if text else ''}"
+    return message + _advice(error, message, (frames[-1].line or "") if frames else ""), line
+
+
+def _advice(error: BaseException, message: str, source: str) -> str:
+    """What to do about an exception that the way of running causes; "" for others.
+
+    Args:
+        error: the exception.
+        message: its type and first line.
+        source: the line of the launcher that it comes from.
+    """
+    if type(error).__name__ == "DataDependentOutputException":  # of torch's FakeTensor
+        return "; tensors of such a size have no values here, so none can be read"
+    text = f"{message} {source}" if isinstance(error, AssertionError) else message
+    if re.search(r"cuda|\bgpu\b|nvidia", text, re.IGNORECASE):
+        return "; kernels run on CPU tensors here: leave out what asks for a GPU"
+    return ""
 
 
 def _frames(error: BaseException, libraries: tuple[str, ...]) -> list[traceback.FrameSummary]:

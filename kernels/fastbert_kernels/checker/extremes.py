@@ -1,4 +1,4 @@
-"""Inputs that a check seldom has: of one sign, zeros, large ones, NaN and infinity."""
+"""Inputs that a check seldom has: of one sign, equal, zeros, large ones, NaN and infinity."""
 
 # pyright: basic
 # The results of other people's functions may be anything.
@@ -23,7 +23,9 @@ from fastbert_kernels.checker.signs import one_sided, unread
 # Times; exp() overflows at 88 in fp32, and normally distributed numbers reach 3. Their squares
 # overflow in fp16.
 LARGER = 100
-SPECIAL, LARGE, ZEROS = "NaN and infinity", "large values", "zeros"
+# Whole numbers up to this one, whose products and sums are exact in fp32.
+WHOLE = 3
+SPECIAL, LARGE, ZEROS, EQUAL = "NaN and infinity", "large values", "zeros", "equal values"
 
 
 def add_extremes(checked: Check, report: Report) -> None:
@@ -66,6 +68,44 @@ def add_extremes(checked: Check, report: Report) -> None:
                     # difference from itself is NaN.
                     spreads = where.endswith(" nan") and "should not be NaN" in message
                     report.add(replace(finding, severity=FAULT if spreads else NOTE))
+
+
+def add_equal(checked: Check, report: Report) -> None:
+    """Run the first shape with inputs of few distinct values, if an output is no floating point.
+
+    The index of the largest of some values, or whether a value is the largest one, depends on which
+    of equal ones is taken. Numbers that are drawn are hardly ever equal.
+    """
+    shape, dtype = dict(checked.shapes[0]), checked.dtypes[0]
+    inputs = draw(checked.inputs, DTYPES[dtype], shape)
+    changed = {name: _whole(x) for name, x in copy(inputs).items()}
+    with torch.no_grad():
+        plain = run_reference(checked, changed, dtype)
+        discrete = [n for n in plain.outputs if not plain.values[n].is_floating_point()]
+        if plain.error or not discrete or unread(checked.reference, inputs):
+            return
+        ours = run_kernel(checked, changed, dtype)
+    for mine, theirs in zip(ours.outputs, plain.outputs, strict=False):
+        got, expected = ours.values[mine], plain.values[theirs]
+        if ours.error or theirs not in discrete or got.shape != expected.shape:
+            continue
+        if different := int((got.double() != expected.double()).sum()):
+            message = (
+                f"has {count(different, 'element')} that the reference has not, where inputs are "
+                f"whole numbers from -{WHOLE} to {WHOLE}, many of them equal"
+            )
+            at: dict[str, Any] = {"shape": shape, "dtype": dtype}
+            # Which of equal values is taken may be left open.
+            report.add(replace(of_output(EQUAL, message, ours, mine, at), severity=NOTE))
+
+
+def _whole(x: Any) -> Any:
+    """A floating-point tensor with whole numbers in its place, in about the same order."""
+    if not (isinstance(x, Tensor) and x.is_floating_point() and x.numel()):
+        return x
+    wide = x.double()
+    scale = WHOLE / wide.abs().max().clamp(min=torch.finfo(torch.float32).tiny)
+    return (wide * scale).round().to(x.dtype)
 
 
 def _extremes(inputs: Mapping[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]]]:

@@ -126,6 +126,17 @@ def load_widths(asm: dict[str, Any], signature: dict[str, str]) -> dict[str, int
     return widths
 
 
+_AMD_LOAD = re.compile(r"\b(?:global|buffer|flat)_load_(?:lds_)?[us]?(byte|short|dword)(?:x(\d))?")
+_AMD_BITS = {"byte": 8, "short": 16, "dword": 32}
+
+
+def amd_load_widths(asm: dict[str, Any]) -> dict[str, int]:
+    """The bits of the narrowest load from global memory; which argument it reads is not traced."""
+    loads = _AMD_LOAD.findall(asm["amdgcn"])
+    widths = [_AMD_BITS[kind] * int(times or 1) for kind, times in loads]
+    return {UNTRACED: min(widths)} if widths else {}
+
+
 def global_loads(ptx: str) -> dict[int, set[int]]:
     """By line number of each load from global memory: the arguments that its address depends on.
 
