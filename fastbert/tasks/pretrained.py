@@ -68,6 +68,11 @@ class Pretrained:
     recipe: RunConfig | None
     metadata: dict[str, Any]
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore what a pickle or a copy has, and a setting that no tokenizer's own copy keeps."""
+        self.__dict__.update(state)
+        self.tokenizer.encode_special_tokens = True
+
     def __repr__(self) -> str:
         facts = [
             f"{self.config.num_hidden_layers} layers",
