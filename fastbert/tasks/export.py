@@ -338,7 +338,8 @@ def model_card(pretrained: Pretrained, architecture: str, name: str) -> str:
         f"A {table_of(config).title} of {config.num_hidden_layers} layers, "
         f"hidden size {config.hidden_size}, {config.num_attention_heads} heads and "
         f"{pretrained.model.vocab_size:,} tokens ({parameters / 1e6:.1f} M parameters), "
-        f"pre-trained with fastbert. The tokenizer is {kind_of(pretrained.tokenizer)}.",
+        f"{'exported by' if recipe is None else 'pre-trained with'} fastbert. "
+        f"The tokenizer is {kind_of(pretrained.tokenizer)}.",
         "",
         "```python",
         f"from transformers import AutoTokenizer, {architecture}",
