@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 # random numbers.
 _ONE_RUN = threading.Lock()
 _LAUNCHED = threading.Event()  # this process has made a run under a launcher
+_TRAINED: set[int] = (
+    set()
+)  # ids of this process, if it has made a run, and of those it is forked of
 
 
 @dataclass(frozen=True)
@@ -323,6 +326,12 @@ def _check_process(distributed: Any) -> None:
             "torch.distributed is initialized in this process; fastbert makes its own process "
             "group: call destroy_process_group() before"
         )
+    if _TRAINED and os.getpid() not in _TRAINED:
+        raise InputError(
+            "this process was forked from one that has trained, and lacks its threads, so that a "
+            'run would never end; start it by multiprocessing.get_context("spawn")'
+        )
+    _TRAINED.add(os.getpid())
     if _LAUNCHED.is_set():
         raise InputError("this process has made a run under a launcher; start it for each run")
     if launched():

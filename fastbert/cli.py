@@ -524,7 +524,8 @@ def export(
         print_json(dataclasses.asdict(result))
     else:
         print_text(f"{result.out}: {result.architecture}, loaded by transformers without complaint")
-        what = "pooled values" if encoder else "logits"
+        names = {"BertModel": "pooled values", "ModernBertModel": "values of the last layer"}
+        what = names.get(result.architecture, "logits")
         print_text(
             f"largest difference of {result.compared:,} {what}: {result.difference:.1e}; "
             f"of every layer: {result.hidden_difference:.1e}"

@@ -16,8 +16,14 @@ from tokenizers import AddedToken, Tokenizer
 from fastbert.data.cuts import Cuts
 from fastbert.data.sentences import sentence_starts, split_sentences
 from fastbert.data.text_encoder import EncodedTexts, TextEncoder
-from fastbert.data.token_roles import roles_of
-from fastbert.data.tokenizer import load_tokenizer, same_tokens, save_tokenizer, special_ids
+from fastbert.data.token_roles import BERT_TOKENS, roles_of
+from fastbert.data.tokenizer import (
+    assemble,
+    load_tokenizer,
+    same_tokens,
+    save_tokenizer,
+    special_ids,
+)
 from fastbert.errors import InputError
 from tests.scripts import ARTICLES, ODD
 from tests.tokenizer_kinds import KINDS, make_folder
@@ -97,6 +103,80 @@ def test_special_tokens_are_those_of_the_settings(
     special_after = {t for t in again.added_tokens_decoder.values() if t.special}
     assert {t.content for t in special_before} <= {t.content for t in special_after}
     assert "[NAME]" not in {t.content for t in special_after}  # it is ordinary text when decoded
+
+
+def wordpiece_of_bert(folder: Path, lowercase: bool) -> dict[str, Any]:
+    """Write BERT's tokenizer with letters in both cases, and return its tokenizer.json."""
+    words = [*"abdehlorwABDEHLORWé中文", *(f"##{c}" for c in "abdehlorwABDEHLORWé文"), "中文"]
+    save_tokenizer(assemble([*BERT_TOKENS.values(), *words], lowercase), folder)
+    (folder / "vocab.txt").unlink()
+    return json.loads((folder / "tokenizer.json").read_text())
+
+
+def changed_settings(folder: Path, settings: dict[str, Any]) -> None:
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", ["BertTokenizer", "BertTokenizerFast", "DistilBertTokenizer", ""])
+@pytest.mark.parametrize("lowercase", [True, False])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"do_lower_case": True},
+        {"do_lower_case": False},
+        {"do_lower_case": True, "strip_accents": False},
+        {"do_lower_case": False, "strip_accents": True},
+        {"do_lower_case": True, "tokenize_chinese_chars": False},
+    ],
+)
+def test_settings_beside_a_wordpiece_win(
+    tmp_path: Path, name: str, lowercase: bool, settings: dict[str, bool]
+) -> None:
+    wordpiece_of_bert(tmp_path, lowercase)
+    changed_settings(tmp_path, settings | ({"tokenizer_class": name} if name else {}))
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    text = "HéLLO wOrld 中文 ÉE"
+    ours = load_tokenizer(tmp_path)
+    assert ours.encode(text).ids == by_transformers(tmp_path)(text)["input_ids"]
+    save_tokenizer(ours, tmp_path / "again")
+    assert by_transformers(tmp_path / "again")(text)["input_ids"] == ours.encode(text).ids
+
+
+@pytest.mark.parametrize("kind", ["roberta", "prefix_space"])
+@pytest.mark.parametrize("wanted", [True, False])
+def test_settings_beside_a_byte_level_tokenizer_win(
+    tmp_path: Path, kind: str, wanted: bool
+) -> None:
+    folder = make_folder(kind, tmp_path / kind)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings |= {"tokenizer_class": "RobertaTokenizerFast", "add_prefix_space": wanted}
+    changed_settings(folder, settings)
+    text = "Ab and Ab"
+    ours = load_tokenizer(folder).encode(text, add_special_tokens=False).ids
+    theirs = by_transformers(folder)(text, add_special_tokens=False)["input_ids"]
+    assert ours == theirs
+
+
+def test_a_default_that_contradicts_the_file_is_refused(tmp_path: Path) -> None:
+    """transformers lower-cases such text; whether the model was trained so only its author knows.
+
+    A class that takes the file as it is decides nothing, and a bare file neither.
+    """
+    wordpiece_of_bert(tmp_path, lowercase=False)
+    changed_settings(tmp_path, {"tokenizer_class": "BertTokenizer"})
+    words = 'lowercase is false, but .* "do_lower_case": false or true'
+    with pytest.raises(InputError, match=words):
+        load_tokenizer(tmp_path)
+    changed_settings(tmp_path, {"tokenizer_class": "BertTokenizer", "do_lower_case": "no"})
+    with pytest.raises(InputError, match="do_lower_case = 'no'; must be true or false"):
+        load_tokenizer(tmp_path)
+    changed_settings(tmp_path, {"tokenizer_class": "PreTrainedTokenizerFast"})
+    assert load_tokenizer(tmp_path).encode("A").tokens[1] == "A"
+    (tmp_path / "tokenizer_config.json").unlink()
+    assert load_tokenizer(tmp_path).encode("A").tokens[1] == "A"
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    with pytest.raises(InputError, match=words):
+        load_tokenizer(tmp_path)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -422,6 +423,29 @@ def test_one_run_at_a_time(recipe):
         thread.start()
         thread.join()
     assert second == ["another run is going on in this process; start a process for each run"]
+
+
+def _run_in_a_fork(recipe, run: str, to) -> None:
+    try:
+        to.send(fastbert.pretrain(recipe, run=run).exit_code)
+    except fastbert.InputError as error:
+        to.send(str(error))
+
+
+def test_a_fork_of_a_process_that_has_trained_is_refused(recipe, tmp_path):
+    """It would train, and then wait forever for threads of the first run's process group."""
+    fastbert.pretrain(recipe)
+    forks = multiprocessing.get_context("fork")
+    here, there = forks.Pipe()
+    child = forks.Process(target=_run_in_a_fork, args=(recipe, str(tmp_path / "second"), there))
+    child.start()
+    try:
+        assert here.poll(120), "the fork does not answer"
+        assert 'multiprocessing.get_context("spawn")' in here.recv()
+    finally:
+        child.kill()
+        child.join()
+    assert not (tmp_path / "second").exists()
 
 
 def test_a_process_group_of_the_caller_is_left_alone(recipe, tmp_path):

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -69,6 +71,47 @@ def test_tables_are_read_whole(tmp_path: Path) -> None:
     assert [text.strip() for text in read_texts(sources)] == [
         *("Who?", "Nobody.", "Why?", "No.", "One.", "3", "Two.", "Three.")
     ]
+
+
+QUESTIONS: list[dict[str, Any]] = [
+    {"ctx": "Où ?", "endings": ["Au café.", 'À la "mer".'], "answers": {"text": ["Là."]}},
+    {"ctx": "Quand ?", "endings": [], "answers": {"text": []}, "note": "À midi."},
+]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet", "a.arrow"])
+def test_lists_and_structures_hold_text_too(tmp_path: Path, name: str) -> None:
+    """As the choices of a question; also in fields that the first record does not have."""
+    file = tmp_path / name
+    table = pyarrow.Table.from_pylist(QUESTIONS, pyarrow.Table.from_pylist(QUESTIONS[::-1]).schema)
+    if name == "a.jsonl":
+        file.write_text("".join(json.dumps(question) + "\n" for question in QUESTIONS))
+    elif name == "a.parquet":
+        pyarrow.parquet.write_table(table, file)
+    else:
+        with pyarrow.OSFile(str(file), "wb") as out, pyarrow.ipc.new_file(out, table.schema) as to:
+            to.write_table(table)
+    sources, _ = find_sources([file])
+    assert {text for text in read_texts(sources) if text} == {
+        *("Où ?", "Au café.", 'À la "mer".', "Là.", "Quand ?", "À midi.")
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "words"),
+    [
+        ("a.csv", "question,answer\nWho?,Nobody.\nWhy?,No, never.\n", "line 3: 3 fields, and"),
+        ("a.jsonl", '{"question": "Who?"}\n{"question": "Why?"\n', "line 2: not JSON"),
+        ("a.jsonl", '{"question": "Who?", "question": "Why?"}\n', "line 1: the field 'question'"),
+    ],
+)
+def test_a_bad_record_of_an_evaluation_set_is_refused(
+    tmp_path: Path, english_jsonl: Path, name: str, data: str, words: str
+) -> None:
+    """Its text would stay unknown, and the dataset would look clean."""
+    (tmp_path / name).write_text(data)
+    with pytest.raises(InputError, match=f"{name}: {words}"):
+        prepare([english_jsonl], tmp_path / "out", vocab_size=400, without=[tmp_path / name])
 
 
 @pytest.mark.parametrize("kind", ["bert", "bpe"])

@@ -208,6 +208,7 @@ def test_a_sentence_transformers_folder_that_asks_for_more_is_refused(folder, tm
             {"default_prompt_name": "query", "prompts": {"query": "query: "}},
             "the prompt 'query: ' before each text",
         ),
+        ([Pooling(32, "mean")], {"truncate_dim": 8}, "truncate_dim = 8, the first values of each"),
     ]
     out = tmp_path
     for number, (modules, more, words) in enumerate(cases):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from transformers import (
     AutoModelForMaskedLM,
     AutoModelForPreTraining,
     AutoTokenizer,
+    BertForSequenceClassification,
     BertModel,
 )
 
@@ -182,6 +184,30 @@ def test_an_encoder_needs_a_pooler(original, tmp_path):
             tmp_path / "out",
             encoder=True,
         )
+
+
+@pytest.mark.parametrize("theirs", [BertForSequenceClassification, BertModel])
+def test_what_has_no_mlm_head_becomes_an_encoder(original, tmp_path, theirs):
+    """It gets none with random weights: a folder whose guesses are noise would look trained."""
+    theirs.from_pretrained(original).save_pretrained(tmp_path / "tuned")
+    shutil.copy(original / "vocab.txt", tmp_path / "tuned")
+    assert export(fastbert.load(tmp_path / "tuned"), tmp_path / "out").architecture == "BertModel"
+    names = load_file(tmp_path / "out/model.safetensors").keys()
+    assert any(name.endswith("pooler.dense.weight") for name in names)
+    assert not any("cls." in name or "classifier" in name for name in names)
+    again = fastbert.load(tmp_path / "out")
+    assert again.heads == frozenset() and again.pooler
+    assert np.array_equal(again.encode(TEXTS), fastbert.load(original).encode(TEXTS))
+    with pytest.raises(InputError, match="was not trained on masked tokens"):
+        again.fill_mask("A [MASK].")
+
+
+def test_what_has_no_head_at_all_is_refused(original, tmp_path):
+    BertModel.from_pretrained(original, add_pooling_layer=False).save_pretrained(tmp_path / "bare")
+    shutil.copy(original / "vocab.txt", tmp_path / "bare")
+    with pytest.raises(InputError, match="bare: has no MLM head and no pooler, which AutoModel"):
+        export(fastbert.load(tmp_path / "bare"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_card_has_the_figures_of_the_checkpoint(run):

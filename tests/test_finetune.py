@@ -120,6 +120,27 @@ def test_examples_that_look_wrong_are_said(folder, files: tuple[Path, Path], tmp
     assert not warned(files[0].read_text(encoding="utf-8"), files[1])
 
 
+@pytest.mark.parametrize(
+    ("labels", "regression", "says"),
+    [
+        (["0.5", "1.5", "3"], None, True),
+        (["-.25", "1"], None, True),
+        (["0.5", "1.5"], False, False),
+        (["0.5", "1.5"], True, False),
+        (["1.0", "2.0"], None, False),
+        (["0.5", "half"], None, False),
+    ],
+)
+def test_numbers_with_fractions_are_seldom_classes(folder, tmp_path, labels, regression, says):
+    file = write_rows(tmp_path / "a.csv", [(f"the name {label}", label) for label in labels])
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", DataWarning)
+        finetune(fastbert.load(folder), file, file, None, Settings(epochs=1, regression=regression))
+    found = [str(each.message) for each in caught if "--regression learns" in str(each.message)]
+    assert bool(found) == says
+    assert not says or f"such as {labels[0]}, and each of the {len(labels)} is a" in found[0]
+
+
 def test_same_seed_same_weights(folder, files: tuple[Path, Path], tmp_path):
     results = []
     for i, seed in enumerate([1, 1, 2]):

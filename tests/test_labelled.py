@@ -300,6 +300,27 @@ def test_a_missing_value_is_no_class(tmp_path):
             read_examples(tmp_path / name)
 
 
+@pytest.mark.parametrize(
+    ("column", "value", "kind"),
+    [
+        ("label", [0, 3], "a list"),
+        ("label", [], "a list"),
+        ("label", {"name": "x"}, "an object"),
+        ("text", ["a", "b"], "a list"),
+    ],
+)
+def test_several_values_are_no_class_and_no_text(tmp_path, column, value, kind):
+    """As where a text has any number of labels: each set of them would become a class."""
+    rows = [{"text": "a", "label": 1}, {"text": "b", "label": 0, column: value}]
+    write(tmp_path / "x.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(InputError, match=f"x.jsonl: 1 bad row: line 2: {column} is {kind}; give "):
+        read_examples(tmp_path / "x.jsonl")
+    table = pyarrow.Table.from_pylist([rows[1], {**rows[1], column: None}])
+    pyarrow.parquet.write_table(table, tmp_path / "x.parquet")
+    with pytest.raises(InputError, match=f"x.parquet: 2 bad rows: row 1: {column} is {kind}; give"):
+        read_examples(tmp_path / "x.parquet")
+
+
 def test_columns_of_parquet_that_are_no_strings(tmp_path):
     """Decimals and dates are read as they are shown; bytes are no text."""
     columns = {

@@ -5,10 +5,13 @@ Anything else is refused with one line.
 
 from __future__ import annotations
 
+import copy
 import json
+import pickle
 import shutil
 import subprocess
 import sys
+import threading
 import warnings
 from pathlib import Path
 
@@ -91,6 +94,42 @@ def test_a_forked_process_computes_too(original):
     )
     assert done.returncode == 0, done.stderr[-600:]
     assert done.stdout.startswith("(100, ")
+
+
+NAMED = "A [MASK] is a [SEP]"  # as text, not as special tokens
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.copy, copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))]
+)
+def test_a_copy_gives_the_same(original, copied):
+    """As a process gets that is started with a model, though tokenizers lose a setting then."""
+    model = fastbert.load(original)
+    again = copied(model)
+    assert np.array_equal(again.encode([NAMED]), model.encode([NAMED]))
+    assert again.fill_mask("A [MASK].") == model.fill_mask("A [MASK].")
+
+
+def test_threads_share_a_model(original):
+    """Filling masks in one thread turns no text of another into special tokens."""
+    model = fastbert.load(original)
+    wanted = model.encode([NAMED])
+    done = threading.Event()
+    long = "[MASK] " + "list " * 5000  # it is tokenized, which takes a while, and then refused
+
+    def fill():
+        while not done.is_set():
+            with pytest.raises(InputError, match="shorten it"):
+                model.fill_mask(long)
+
+    thread = threading.Thread(target=fill)
+    thread.start()
+    try:
+        found = [model.encode([NAMED]) for _ in range(100)]
+    finally:
+        done.set()
+        thread.join()
+    assert all(np.array_equal(vectors, wanted) for vectors in found)
 
 
 def test_run_checkpoint_and_folder_are_the_same_model(original, run):

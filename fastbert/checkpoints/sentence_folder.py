@@ -12,6 +12,7 @@ from fastbert.presence import is_file
 from fastbert.regular_file import read_text
 
 MODULES = "modules.json"
+SENTENCES = "config_sentence_transformers.json"
 _POOLS = ("mean", "max", "cls")
 # Names of pooling in files of older releases: each is true or false there.
 _OLDER = {
@@ -75,6 +76,8 @@ def read_vector_settings(folder: Path, lowercase: bool) -> VectorSettings:
         problem = f"{folder / name / 'config.json'}: pooling by {', '.join(map(str, pools))}"
     elif prompt := _prompt(folder):
         problem = f"{folder}: the prompt {prompt!r} before each text"
+    elif (kept := _read(folder / SENTENCES).get("truncate_dim")) is not None:
+        problem = f"{folder / SENTENCES}: truncate_dim = {kept}, the first values of each vector,"
     elif _read(folder / "sentence_bert_config.json").get("do_lower_case") and not lowercase:
         problem = f"{folder}: lower-casing before a cased tokenizer"
     return VectorSettings(settings.pool if problem else pools[0], settings.normalize, problem)
@@ -96,7 +99,7 @@ def read_max_length(folder: Path, positions: int) -> int:
 
 
 def _prompt(folder: Path) -> str:
-    config = _read(folder / "config_sentence_transformers.json")
+    config = _read(folder / SENTENCES)
     prompts, name = config.get("prompts"), config.get("default_prompt_name")
     return str(prompts.get(name, "")) if isinstance(prompts, dict) else ""
 

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 MLM, NSP = "mlm", "nsp"
 HEADS = {MLM: "mlm_head.", NSP: "nsp_head."}
+POOLER = "nsp_head.pooler.weight"  # of BERT alone
 # The vocabulary matrix [V, D] where it is not the word embedding.
 DECODER = "mlm_head.decoder"
 

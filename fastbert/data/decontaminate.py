@@ -11,13 +11,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 
 from fastbert.data.documents import parse, read_chunks
 from fastbert.data.encode import ChunkEncoder, Documents, mix
-from fastbert.data.rows import read_rows
+from fastbert.data.rows import as_text, read_values
 from fastbert.data.sources import TABLES, Source
+from fastbert.errors import InputError
 
 GRAM = 13
 # A run of fewer different ids is a line of dots or dashes, which occurs anywhere.
@@ -29,15 +31,31 @@ _BASE = np.uint64(0x9E3779B97F4A7C15)
 
 
 def read_texts(sources: Sequence[Source]) -> Iterator[str]:
-    """Yield the texts of evaluation sets: documents, and of tables the values of every column."""
+    """Yield the texts of evaluation sets: documents, and of tables the values of every column.
+
+    Raises:
+        InputError: a file that cannot be read, or has a bad record: its text would stay unknown,
+            and its copies in the documents too.
+    """
     for source in sources:
         if source.format in TABLES:
-            for _, row in read_rows(source, lambda names: names):
-                if not isinstance(row, str):
-                    yield from row.values()
+            unit = "row" if source.format in ("parquet", "arrow") else "line"
+            for number, row in read_values(source, None):
+                if isinstance(row, str):
+                    raise InputError(f"{source.path}: {unit} {number}: {row}")
+                yield from _strings_in(row)
         else:
             for chunk in read_chunks([source]):
                 yield from parse(chunk)
+
+
+def _strings_in(value: Any) -> Iterator[str]:
+    """Yield the texts in a value, such as the choices of a question, which are a list."""
+    if isinstance(value, (list, dict)):
+        for item in value if isinstance(value, list) else value.values():
+            yield from _strings_in(item)
+    else:
+        yield as_text(value)
 
 
 def grams_of(texts: Iterable[str], encoder: ChunkEncoder) -> np.ndarray:

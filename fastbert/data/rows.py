@@ -40,13 +40,27 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def read_rows(source: Source, choose: Choose) -> Iterator[tuple[int, Row]]:
+    """Yield the records of `read_values` as strings.
+
+    A number or a boolean is given as JSON, and null as "". A list or an object makes a record a bad
+    one: no text and no label has several values.
+    """
+    for line, values in read_values(source, choose):
+        yield line, values if isinstance(values, str) else _strings(values)
+
+
+def read_values(
+    source: Source, choose: Choose | None
+) -> Iterator[tuple[int, dict[str, Any] | str]]:
     """Yield each record of a file with the number of its first line, or of its row in a table.
 
-    Both count from 1. A value that is not a string is given as JSON, and null as "".
+    Both count from 1. Values are those of JSON or of Parquet; a bad record is a string that says
+    what is wrong with it.
 
     Args:
         source: a file in one of the formats TABLES.
-        choose: called once with the columns of the file, or the fields of its first JSON object.
+        choose: called once with the columns of the file, or the fields of its first JSON object;
+            None reads all of every record.
 
     Raises:
         InputError: a file that is empty or cannot be read, or what `choose` raises.
@@ -56,9 +70,9 @@ def read_rows(source: Source, choose: Choose) -> Iterator[tuple[int, Row]]:
             if source.format == "jsonl":
                 yield from _json_rows(source, file, choose)
             elif source.format in ("parquet", "arrow"):
-                yield from _column_rows(source, file, choose)
+                yield from _column_rows(source, file, choose or (lambda names: names))
             else:
-                yield from delimited_rows(source, file, choose)
+                yield from delimited_rows(source, file, choose or (lambda names: names))
     except OSError as error:
         raise InputError(f"{source.path}: cannot be read: {error.strerror or error}") from None
 
@@ -257,7 +271,19 @@ def shown(names: Iterable[str]) -> str:
     return f"{', '.join(short[:20])}{more}"
 
 
-def _json_rows(source: Source, file: BufferedReader, choose: Choose) -> Iterator[tuple[int, Row]]:
+def _strings(values: dict[str, Any]) -> Row:
+    """Return the values of a record as strings, or which of them has several values."""
+    for name, value in values.items():
+        if isinstance(value, (list, dict)):
+            kind = JSON_NAMES[type(value)]
+            article = "an" if kind == "object" else "a"
+            return f"{name} is {article} {kind}; give one value, a string or a number"
+    return {name: as_text(value) for name, value in values.items()}
+
+
+def _json_rows(
+    source: Source, file: BufferedReader, choose: Choose | None
+) -> Iterator[tuple[int, dict[str, Any] | str]]:
     chosen: Sequence[str] | None = None
     line = 0
     for line, text in enumerate(lines(source, file), 1):
@@ -267,19 +293,23 @@ def _json_rows(source: Source, file: BufferedReader, choose: Choose) -> Iterator
         if isinstance(value, str):
             yield line, value
             continue
-        if chosen is None:
-            chosen = choose(list(json_names(value)))
-        values = {name: _field_or_none(value, name) for name in chosen}
+        values = value
+        if choose is not None:
+            if chosen is None:
+                chosen = choose(list(json_names(value)))
+            values = {name: _field_or_none(value, name) for name in chosen}
         twice = next((name for name, found in values.items() if found is TWICE), None)
         if twice is None:
-            yield line, {name: as_text(found) for name, found in values.items()}
+            yield line, values
         else:
             yield line, f"the field {twice!r} is given twice; keep one"
     if not line:
         raise is_empty(source)
 
 
-def _column_rows(source: Source, file: BufferedReader, choose: Choose) -> Iterator[tuple[int, Row]]:
+def _column_rows(
+    source: Source, file: BufferedReader, choose: Choose
+) -> Iterator[tuple[int, dict[str, Any] | str]]:
     row = 0
     chosen: list[str] = []
 
@@ -303,7 +333,7 @@ def _column_rows(source: Source, file: BufferedReader, choose: Choose) -> Iterat
             row += 1
             values = {name: column[i] for name, column in columns.items()}
             try:
-                yield row, {name: as_text(value.as_py()) for name, value in values.items()}
+                yield row, {name: value.as_py() for name, value in values.items()}
             except UnicodeDecodeError as error:
                 yield row, f"byte {error.start} of a string is not UTF-8; write the table again"
 
@@ -348,7 +378,10 @@ def parquet_batches(
         total_bytes = sum(metadata.row_group(i).total_byte_size for i in groups)
         row_bytes = total_bytes // metadata.num_rows
         rows = min(max(batch_bytes // (row_bytes + 1), 1), 1 << 16)
-        tables = pyarrow.parquet.ParquetFile(file, read_dictionary=chosen), table
+        # pyarrow knows lists and structures by other names; it reads them without dictionaries.
+        schema = table.schema_arrow
+        flat = [n for n in chosen if not pyarrow.types.is_nested(field_type(schema, n))]
+        tables = pyarrow.parquet.ParquetFile(file, read_dictionary=flat), table
         for group in groups if only_groups is None else only_groups:
             for batch in _batches_of_group(*tables, group, chosen, rows):
                 _check_indices(batch)

@@ -12,6 +12,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from tokenizers import (
     AddedToken,
@@ -26,6 +27,7 @@ from tokenizers import (
 from fastbert.data import token_roles
 from fastbert.data.manifest import SpecialIds
 from fastbert.data.token_roles import BERT_TOKENS, TokenRoles, roles_of
+from fastbert.data.tokenizer_class import apply_settings
 from fastbert.errors import InputError
 from fastbert.presence import is_file, is_folder
 from fastbert.regular_file import read_text
@@ -73,13 +75,19 @@ def lowercases(tokenizer: Tokenizer) -> bool:
     return normalizer is not None and "A" not in normalizer.normalize_str("A")
 
 
+# Copies of tokenizers in which names of special tokens stand for these.
+_WITH_SPECIAL: WeakKeyDictionary[Tokenizer, Tokenizer] = WeakKeyDictionary()
+
+
 def encode_with_special(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Return the ids of a text in which names of special tokens stand for these, as "[MASK]"."""
-    tokenizer.encode_special_tokens = False
-    try:
-        return tokenizer.encode(text, add_special_tokens=False).ids
-    finally:
-        tokenizer.encode_special_tokens = True
+    """Return the ids of a text in which names of special tokens stand for these, as "[MASK]".
+
+    A copy does it, since another thread may be using the tokenizer.
+    """
+    copy = _WITH_SPECIAL.get(tokenizer)
+    if copy is None:
+        copy = _WITH_SPECIAL[tokenizer] = Tokenizer.from_str(tokenizer.to_str())
+    return copy.encode(text, add_special_tokens=False).ids
 
 
 def token_text(tokenizer: Tokenizer, token: int) -> str:
@@ -91,6 +99,8 @@ def token_text(tokenizer: Tokenizer, token: int) -> str:
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """Load a tokenizer from a folder with tokenizer.json or vocab.txt, or from one of these files.
+
+    Settings of tokenizer_config.json that contradict tokenizer.json win, as in transformers.
 
     A vocab.txt alone, which is BERT's, does not say whether text is lower-cased. A
     tokenizer_config.json beside it does. Without one, a vocabulary without capital letters is
@@ -302,6 +312,8 @@ def _from_json(text: str, file: Path) -> Tokenizer:
         )
     if "" in contents:
         raise InputError(f"{file}: an added token is empty; remove it")
+    if apply_settings(settings, config, file):
+        text = json.dumps(settings)
     tokenizer = _build(text, file)
     try:
         named = token_roles.named_tokens(config)

@@ -101,10 +101,12 @@ def export(
         encoder: leave out the heads of pre-training. transformers warns about weights that the
             class in use does not have, as it does for Google's own BERTs; AutoModel and
             SentenceTransformer load a folder without the heads silently. A BERT needs a pooler for
-            this, and so a trained NSP head.
+            this, which a run trains with its NSP head. A folder without an MLM head always becomes
+            an encoder.
 
     Raises:
-        InputError: `out` exists already, or `encoder` for a model without a pooler.
+        InputError: `out` exists already, or a BERT has no pooler where `encoder` is asked for or
+            there is no MLM head to export.
         ExportError: transformers does not load the folder cleanly, tokenizes differently, or
             computes other logits. `out` is not created.
     """
@@ -141,18 +143,22 @@ def export(
 def _architecture(pretrained: Pretrained, encoder: bool) -> str:
     """Return the class of transformers to export for; a head that was not trained is left out.
 
-    BertForMaskedLM is BertForPreTraining without pooler and NSP head.
+    BertForMaskedLM is BertForPreTraining without pooler and NSP head, and BertModel has no MLM
+    head: neither a fine-tuned folder nor one of sentence-transformers has it.
     """
     if not isinstance(pretrained.model, BertForPreTraining):
         alone = encoder or MLM not in pretrained.heads
         return "ModernBertModel" if alone else "ModernBertForMaskedLM"
-    paired = NSP in pretrained.heads
-    if encoder and not paired:
-        raise InputError(
-            f"{pretrained.path}: trained without pairs, so it has no pooler, which AutoModel "
-            "needs; leave --encoder out"
+    if encoder or MLM not in pretrained.heads:
+        if pretrained.pooler:
+            return "BertModel"
+        what, advice = (
+            ("trained without pairs, so it has no pooler", "leave --encoder out")
+            if MLM in pretrained.heads
+            else ("has no MLM head and no pooler", "take the folder as it is")
         )
-    return "BertModel" if encoder else "BertForPreTraining" if paired else "BertForMaskedLM"
+        raise InputError(f"{pretrained.path}: {what}, which AutoModel needs; {advice}")
+    return "BertForPreTraining" if NSP in pretrained.heads else "BertForMaskedLM"
 
 
 @torch.inference_mode()
@@ -332,7 +338,8 @@ def model_card(pretrained: Pretrained, architecture: str, name: str) -> str:
         f"A {table_of(config).title} of {config.num_hidden_layers} layers, "
         f"hidden size {config.hidden_size}, {config.num_attention_heads} heads and "
         f"{pretrained.model.vocab_size:,} tokens ({parameters / 1e6:.1f} M parameters), "
-        f"pre-trained with fastbert. The tokenizer is {kind_of(pretrained.tokenizer)}.",
+        f"{'exported by' if recipe is None else 'pre-trained with'} fastbert. "
+        f"The tokenizer is {kind_of(pretrained.tokenizer)}.",
         "",
         "```python",
         f"from transformers import AutoTokenizer, {architecture}",

@@ -396,6 +396,8 @@ def _task(training: Examples, test: Examples, settings: Settings) -> _Task:
     if len(labels) < 2:
         raise InputError(f"{training.file}: every label is {labels[0]!r}; two or more are needed")
     _warn_of_alike(training, labels)
+    if settings.regression is None:
+        _warn_of_fractions(training, labels)
     strange = [
         (label, line)
         for label, line in zip(test.labels, test.lines, strict=True)
@@ -424,6 +426,20 @@ def _warn_of_alike(training: Examples, labels: Sequence[str]) -> None:
                 DataWarning,
                 stacklevel=5,
             )
+
+
+def _warn_of_fractions(training: Examples, labels: Sequence[str]) -> None:
+    """Warn where classes look like measurements: all are numbers, and one is no whole number."""
+    values = {label: number(label) for label in labels}
+    fractions = [label for label, value in values.items() if value is not None and value % 1 > 0]
+    if fractions and None not in values.values():
+        warnings.warn(
+            f"{training.file}: the labels are numbers with fractions, such as {fractions[0]}, and "
+            f"each of the {len(labels):,} is a class here; --regression learns them as numbers, "
+            "and --classes leaves this message out",
+            DataWarning,
+            stacklevel=5,
+        )
 
 
 def _warn_of_one_label(test: Examples, task: _Task) -> None:

@@ -11,7 +11,7 @@ import torch
 
 from fastbert.checkpoints.bucket import fetch_checkpoint
 from fastbert.checkpoints.model_folder import open_model
-from fastbert.checkpoints.weight_table import DECODER
+from fastbert.checkpoints.weight_table import DECODER, NSP, POOLER
 from fastbert.data.tokenizer import special_ids
 from fastbert.errors import InputError
 from fastbert.models.build import build_model
@@ -66,4 +66,6 @@ def load(path: str | Path, device: str | None = None) -> Pretrained:
         path=parts.path,
         recipe=parts.recipe,
         metadata=parts.metadata,
+        # A run trains it with the pairs. A Hugging Face folder may have it without that head.
+        pooler=POOLER in parts.weights if parts.recipe is None else NSP in parts.heads,
     )

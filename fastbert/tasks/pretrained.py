@@ -55,6 +55,7 @@ class Pretrained:
         path: the folder that the weights came from.
         recipe: that of the run; None for a Hugging Face folder.
         metadata: that of the checkpoint; empty for a Hugging Face folder.
+        pooler: BERT's pooler was trained, or its weights are there.
     """
 
     model: Model
@@ -67,6 +68,12 @@ class Pretrained:
     path: Path
     recipe: RunConfig | None
     metadata: dict[str, Any]
+    pooler: bool = False
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore what a pickle or a copy has, and a setting that no tokenizer's own copy keeps."""
+        self.__dict__.update(state)
+        self.tokenizer.encode_special_tokens = True
 
     def __repr__(self) -> str:
         facts = [
