@@ -33,9 +33,8 @@ if TYPE_CHECKING:
 # random numbers.
 _ONE_RUN = threading.Lock()
 _LAUNCHED = threading.Event()  # this process has made a run under a launcher
-_TRAINED: set[int] = (
-    set()
-)  # ids of this process, if it has made a run, and of those it is forked of
+# The ids of this process, if it has made a run, and of such processes that it was forked from.
+_TRAINED: set[int] = set()
 
 
 @dataclass(frozen=True)
