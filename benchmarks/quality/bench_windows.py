@@ -1,14 +1,14 @@
 """Does a dataset that is read window by window give as good a model as one shuffled as a whole?
 
-    python -m benchmarks.quality.bench_windows data/wiki.jsonl --out FOLDER [--tokens 1500000]
-        [--seeds 1 2 3]
+    python -m benchmarks.quality.bench_windows data/wiki.jsonl --out FOLDER [--tokens 2500000]
+        [--seeds 1 2 3] [--windows 4 16]
 
 `prepare` makes the dataset as it makes a large one, with every size divided by 1,024: segments of
 1 KiB of text, pieces of 16 KiB, blocks of 16 KiB of token ids. The demo's recipe is trained on the
-same tokens with one window, which is the global order, and with windows of a sixteenth of the
-blocks. Each run has one thread and a core of its own. Wrong next sentences come from the window of
-a pair, so they are part of what is compared. Both are evaluated on the same held-out examples. The
-dataset and the runs stay in FOLDER/windows, and a finished run is not repeated.
+same tokens with one window, which is the global order, and with several. Each run has one thread
+and a core of its own. Wrong next sentences come from the window of a pair, so they are part of what
+is compared. All are evaluated on the same held-out examples. The dataset and the runs stay in
+FOLDER/windows, and a finished run is not repeated.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import math
 import statistics
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from unittest.mock import patch
@@ -34,8 +35,7 @@ from fastbert.data.prepare import prepare
 from fastbert.recipe import dump_config, load_config
 
 SMALLER = 1024  # than the sizes of `prepare`
-WINDOWS = 16
-GLOBAL, BY_WINDOW = "one window", "windows"
+WHOLE = "1 window"
 
 
 def small_blocks(text: Path, out: Path) -> TokenDataset:
@@ -53,27 +53,33 @@ def small_blocks(text: Path, out: Path) -> TokenDataset:
     return open_dataset(out)
 
 
-def recipes(dataset: TokenDataset) -> dict[str, RunConfig]:
+def side_of(windows: int) -> str:
+    return f"{windows} windows"
+
+
+def recipes(dataset: TokenDataset, windows: Sequence[int]) -> dict[str, RunConfig]:
     """The demo's recipe with each order.
 
     `order.window` counts blocks as if they were full: a window is a fixed number of blocks, however
     small they are.
     """
     count = len(dataset.blocks["train"])
+    sizes = {WHOLE: count} | {side_of(n): max(count // n, 1) for n in windows}
     return {
-        side: load_config("demo", {"data": str(dataset.path), "order.window": size})
-        for side, size in (
-            (GLOBAL, count * blocks.BLOCK_BYTES),
-            (BY_WINDOW, max(count // WINDOWS, 1) * blocks.BLOCK_BYTES),
+        side: load_config(
+            "demo", {"data": str(dataset.path), "order.window": size * blocks.BLOCK_BYTES}
         )
+        for side, size in sizes.items()
     }
 
 
-def compared(text: Path, tokens: int, seeds: list[int], out: Path) -> list[Row]:
+def compared(
+    text: Path, tokens: int, seeds: Sequence[int], windows: Sequence[int], out: Path
+) -> list[Row]:
     folder = (out / "windows").resolve()
     folder.mkdir(parents=True, exist_ok=True)
     dataset = small_blocks(text, folder / "dataset")
-    sides = recipes(dataset)
+    sides = recipes(dataset, windows)
     for side, config in sides.items():
         (folder / f"{side}.toml").write_text(dump_config(config), encoding="utf-8")
 
@@ -111,20 +117,19 @@ def windows_table(rows: list[Row]) -> str:
     )
 
 
-def difference(rows: list[Row], loss: str) -> tuple[float, float]:
-    """How much higher a loss is with windows than with one window, and the noise of seeds.
+def difference(rows: list[Row], side: str, loss: str) -> tuple[float, float]:
+    """How much higher a loss is with several windows than with one, and the noise of seeds.
 
     Args:
         rows: of both sides, at least two seeds each.
+        side: with several windows.
         loss: a column.
 
     Returns:
         The difference of the means in nats, and the standard deviation of the loss over the seeds
         of one side: the root of the mean of both sides' variances.
     """
-    whole, parts = (
-        [row[loss] for row in rows if row["side"] == side] for side in (GLOBAL, BY_WINDOW)
-    )
+    whole, parts = ([row[loss] for row in rows if row["side"] == name] for name in (WHOLE, side))
     noise = math.sqrt((statistics.variance(whole) + statistics.variance(parts)) / 2)
     return statistics.mean(parts) - statistics.mean(whole), noise
 
@@ -132,12 +137,13 @@ def difference(rows: list[Row], loss: str) -> tuple[float, float]:
 def verdict(rows: list[Row]) -> str:
     """A table in Markdown of the differences, and whether seeds explain them."""
     lines = list[list[str]]()
-    for name, loss in (("MLM loss", "loss_mlm"), ("on [MASK]", "loss_mask_token")):
-        more, noise = difference(rows, loss)
-        within = "yes" if abs(more) <= noise else "no"
-        lines.append([name, f"{more:+.4f}", f"{noise:.4f}", within])
+    for side in dict.fromkeys(row["side"] for row in rows if row["side"] != WHOLE):
+        for name, loss in (("MLM loss", "loss_mlm"), ("on [MASK]", "loss_mask_token")):
+            more, noise = difference(rows, side, loss)
+            within = "yes" if abs(more) <= noise else "no"
+            lines.append([side, name, f"{more:+.4f}", f"{noise:.4f}", within])
     return table(
-        ["", "windows minus one window", "standard deviation over seeds", "within it"], lines
+        ["", "", "more than with 1 window", "standard deviation over seeds", "within it"], lines
     )
 
 
@@ -146,13 +152,16 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("text", type=Path, help="a text, such as the demo's")
-    parser.add_argument("--tokens", type=int, default=1_500_000, help="of each run")
+    parser.add_argument("--tokens", type=int, default=2_500_000, help="of each run (2500000)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="two or more")
+    parser.add_argument(
+        "--windows", type=int, nargs="+", default=[4, 16], help="in an epoch, about (4 16)"
+    )
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args()
     if len(set(given.seeds)) < 2:
         parser.error("--seeds: give two or more, so that there is a noise of seeds")
-    rows = compared(given.text.resolve(), given.tokens, given.seeds, given.out)
+    rows = compared(given.text.resolve(), given.tokens, given.seeds, given.windows, given.out)
     text = f"Windows against the global order\n\n{windows_table(rows)}\n\n{verdict(rows)}"
     Record(header(torch.device("cpu")), rows).write(given.out, "windows", text)
     print(text)
