@@ -142,6 +142,7 @@ FIGURES: dict[str, tuple[str, Callable[[Record], str]]] = {
     "step": ("step", _step),
     "step_amx": (f"{AMX}/step", _step),
     "quality": ("quality", _quality),
+    "quality_amx": (f"{AMX}/quality", _quality),
     "data": ("data", _data),
     "startup": ("startup", _startup),
     "downstream": ("downstream", _downstream),
