@@ -232,8 +232,7 @@ def test_a_dataset_of_another_tokenizer(small_dataset, run, tmp_path):
         evaluate(fastbert.load(other), small_dataset.path)
     # The tokens are the same, but capital letters are kept, so the ids of a text differ.
     cased = make_hugging_face_folder(tmp_path / "cased", small_dataset.tokenizer_dir)
-    settings = json.loads((cased / "tokenizer.json").read_text())
-    settings["normalizer"]["lowercase"] = False
-    (cased / "tokenizer.json").write_text(json.dumps(settings))
+    settings = json.loads((cased / "tokenizer_config.json").read_text())
+    (cased / "tokenizer_config.json").write_text(json.dumps(settings | {"do_lower_case": False}))
     with pytest.raises(InputError, match="made with another tokenizer"):
         evaluate(fastbert.load(cased), small_dataset.path)
