@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 # random numbers.
 _ONE_RUN = threading.Lock()
 _LAUNCHED = threading.Event()  # this process has made a run under a launcher
-# The ids of this process, if it has made a run, and of such processes that it was forked from.
+# The ids of this process, if it has begun a run, and of such processes that it was forked from.
 _TRAINED: set[int] = set()
 
 
@@ -209,6 +209,7 @@ def _pretrain(
         from fastbert.training.metrics import read_metrics
 
         _check_process(torch.distributed)
+        _TRAINED.add(os.getpid())
         name = "recipe" if isinstance(recipe, Mapping) else str(recipe)
         random: Any = torch.random  # which has no complete types
         # The caller's random number generators are not advanced.
@@ -330,7 +331,6 @@ def _check_process(distributed: Any) -> None:
             "this process was forked from one that has trained, and lacks its threads, so that a "
             'run would never end; start it by multiprocessing.get_context("spawn")'
         )
-    _TRAINED.add(os.getpid())
     if _LAUNCHED.is_set():
         raise InputError("this process has made a run under a launcher; start it for each run")
     if launched():

@@ -6,10 +6,10 @@ step then causes page faults for its temporaries. (Filling 49 MB on one thread o
 
 oneDNN caches the last 1,024 operations that it has compiled, each for exact shapes. Rounded factors
 have few shapes (fastbert_kernels/_linear.py), whose products come again and again: compiling them
-anew took half of a step's time with AMX. Other operations have the shapes of one pack, are never
-used again, and fragment the heap. A cache of 256 keeps the former and little of the latter: 440 MB
-for recipes/library.toml in bf16 after 100 steps, and 475 MB with 1,024 (Intel Xeon). In fp32, with
-no products that come again, a run took 2,400 MB at its end with 1,024 (AMD EPYC).
+each time took half of a step's time with AMX. Other operations have the shapes of one pack, are
+never used again, and fragment the heap. A cache of 256 keeps the former and little of the latter:
+440 MB for recipes/library.toml in bf16 after 100 steps, and 475 MB with 1,024 (Intel Xeon). In
+fp32, with no products that come again, a run took 2,400 MB at its end with 1,024 (AMD EPYC).
 """
 
 import ctypes

@@ -53,16 +53,6 @@ from fastbert.training.schedule import factor
 PRECISIONS = ("fp32", "bf16")
 EVALUATION_TOKENS = 2048  # per forward pass, because the logits of all positions are in memory
 
-
-def common(precision: str) -> list[str]:
-    """The settings that both sides have, so that neither optimizer nor masks nor dtype decide."""
-    return [
-        "optimizer.name=adamw",
-        "objective.mask_rate=0.15",
-        f"runtime.precision={precision}",
-    ]
-
-
 SIZES = (
     "hidden_size",
     "num_hidden_layers",
@@ -71,6 +61,15 @@ SIZES = (
     "max_position_embeddings",
 )
 DROPOUT = ("hidden_dropout_prob", "attention_probs_dropout_prob")
+
+
+def common(precision: str) -> list[str]:
+    """The settings that both sides have, so that neither optimizer nor masks nor dtype decide."""
+    return [
+        "optimizer.name=adamw",
+        "objective.mask_rate=0.15",
+        f"runtime.precision={precision}",
+    ]
 
 
 def build_model(

@@ -70,9 +70,9 @@ def read_values(
             if source.format == "jsonl":
                 yield from _json_rows(source, file, choose)
             elif source.format in ("parquet", "arrow"):
-                yield from _column_rows(source, file, choose or (lambda names: names))
+                yield from _column_rows(source, file, choose or list)
             else:
-                yield from delimited_rows(source, file, choose or (lambda names: names))
+                yield from delimited_rows(source, file, choose or list)
     except OSError as error:
         raise InputError(f"{source.path}: cannot be read: {error.strerror or error}") from None
 

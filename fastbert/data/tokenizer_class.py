@@ -18,7 +18,7 @@ from fastbert.errors import InputError
 from fastbert.presence import is_file
 from fastbert.regular_file import read_text
 
-# For each part of tokenizer.json that such a class makes anew: the classes, the types of model for
+# For each part of tokenizer.json that such a class replaces: the classes, the types of model for
 # which transformers chooses one of them, and its settings by their name in the file, with defaults.
 _PARTS: list[tuple[str, str, set[str], set[str], dict[str, tuple[str, bool | None]]]] = [
     (

@@ -105,14 +105,9 @@ def rounds(name: str, operands: torch.dtype | None, weight: Tensor, multiplicati
     return multiplications >= FEWEST_MULTIPLICATIONS
 
 
-def missing_rows(x: Tensor) -> int:
-    """Return how many rows x [N, ...] on a CPU lacks of a shape that comes again; see above."""
-    return -len(x) % (64 if len(x) >= 512 else 16) if x.is_cpu else 0
-
-
-def _rounded(x: Tensor) -> Tensor:
-    """Return x [N, D] in bf16, with the missing rows."""
-    missing = missing_rows(x)
+def rounded(x: Tensor) -> Tensor:
+    """Return x [N, D] in bf16; on a CPU with rows of zeros up to a shape that comes again."""
+    missing = -len(x) % (64 if len(x) >= 512 else 16) if x.is_cpu else 0
     if not missing:
         return x.to(torch.bfloat16)
     result = x.new_empty(len(x) + missing, x.shape[1], dtype=torch.bfloat16)
@@ -143,7 +138,7 @@ class _Rounded(Function):
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, multiply: Product
     ) -> Tensor:
         ctx.multiply, ctx.dtype, rows = multiply, x.dtype, len(x)
-        x, weight = _rounded(x), weight.to(torch.bfloat16)
+        x, weight = rounded(x), weight.to(torch.bfloat16)
         ctx.save_for_backward(x, weight)
         return multiply(x, weight, None if bias is None else bias.to(torch.bfloat16))[:rows]
 
@@ -152,11 +147,11 @@ class _Rounded(Function):
     def backward(ctx: Any, dy: Tensor) -> Gradients:
         x, weight = ctx.saved_tensors
         dx = dweight = None
-        wide = _rounded(dy)
+        factor = rounded(dy)
         if ctx.needs_input_grad[0]:
-            dx = ctx.multiply(wide, weight.T, None)[: len(dy)].to(ctx.dtype)
+            dx = ctx.multiply(factor, weight.T, None)[: len(dy)].to(ctx.dtype)
         if ctx.needs_input_grad[1]:
-            dweight = ctx.multiply(wide.T, x.T, None).float()
+            dweight = ctx.multiply(factor.T, x.T, None).float()
         dbias = _sum_of_rows(dy) if ctx.needs_input_grad[2] else None
         return dx, dweight, dbias, None
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastbert_kernels._function import Function, Gradients
-from fastbert_kernels._linear import missing_rows
+from fastbert_kernels._linear import rounded
 from fastbert_kernels.mlm_loss.reference import IGNORED, Result
 
 # Logits held at once, 64 MB in fp32. MKL needs 300 rows and more to be fast: with 16 MB the loss
@@ -58,11 +58,9 @@ class _MaskedCrossEntropy(Function):
         factors: torch.dtype,
     ) -> Result:
         rows = hidden if positions is None else hidden.index_select(0, positions)
-        rows, weight, bias = (x.to(factors) for x in (rows, weight, bias))
-        count = len(rows)
-        if factors == torch.bfloat16 and (missing := missing_rows(rows)):
-            rows = torch.cat([rows, rows.new_zeros(missing, rows.shape[1])])
-            labels = torch.cat([labels, labels.new_full((missing,), IGNORED)])
+        weight, bias, count = weight.to(factors), bias.to(factors), len(rows)
+        rows = rounded(rows) if factors == torch.bfloat16 else rows.to(factors)
+        labels = torch.nn.functional.pad(labels, (0, len(rows) - count), value=IGNORED)
         wide = torch.promote_types(factors, torch.float32)
         size = max(1, _SLAB // weight.shape[0])
         losses = rows.new_empty(len(rows), dtype=wide)
