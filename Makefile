@@ -116,8 +116,8 @@ clean: ## remove .venv and caches, but keep data/ and runs/
 	@$(PIP) --editable '.[docs]'
 	@touch $@
 
-# The runs, each by the recipe of its name. A file is the proof that its step is finished, and so the reason to skip it; `|` asks only
-# whether it is there.
+# The runs, each by the recipe of its name. A step whose file exists is skipped. `|` means that only the existence of a file counts,
+# not its age.
 
 data/wiki.jsonl: | .venv/.installed
 	$(call heading,Text: 10$(comma)033 articles of English Wikipedia$(comma) pinned and checked$(comma) CC BY-SA 4.0)

@@ -37,7 +37,7 @@ class Proxy:
     Attributes:
         port: where it listens.
         requests: method and path of all requests.
-        fault: called with method and path; returns for each request "" or what becomes of it: "503"
+        fault: called with method and path; returns for each request "" or the fault to answer with: "503"
             (refused), "cut" (half of the answer), "lose" (done, without an answer), "hold".
         released: held requests wait for it, and are cut then.
     """
