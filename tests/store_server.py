@@ -37,8 +37,8 @@ class Proxy:
     Attributes:
         port: where it listens.
         requests: method and path of all requests.
-        fault: called with method and path; returns for each request "" or the fault to answer with: "503"
-            (refused), "cut" (half of the answer), "lose" (done, without an answer), "hold".
+        fault: called with method and path; returns for each request "" or the fault to answer with:
+            "503" (refused), "cut" (half of the answer), "lose" (done, without an answer), "hold".
         released: held requests wait for it, and are cut then.
     """
 
