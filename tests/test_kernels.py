@@ -13,6 +13,8 @@ import torch
 from fastbert_kernels import layer_norm
 from fastbert_kernels._dropout import keep_mask, stream_keys
 from fastbert_kernels._dropout_cpu import keep_mask_cpu, stream_keys_cpu
+from fastbert_kernels.attention import cpu as attention_cpu
+from fastbert_kernels.attention import windowed_cpu
 from fastbert_kernels.checker.noise import Noise
 from fastbert_kernels.checker.sanitizer import sanitize
 from fastbert_kernels.specs import SPECS
@@ -177,6 +179,22 @@ def test_cpu_masks_are_those_of_the_definition(columns):
     assert torch.equal(
         keep_mask(lo, hi, columns, 0.1), keep_mask_cpu(fast_lo, fast_hi, columns, 0.1).bool()
     )
+
+
+@pytest.mark.parametrize("window", [None, 20, 70])
+@pytest.mark.parametrize("p", [0.0, 0.5])
+def test_attention_on_a_cpu_does_not_depend_on_how_many_scores_it_has_at_once(
+    window, p, monkeypatch
+):
+    """All sequences and blocks together, or each alone; they divide the work and no sum."""
+    spec = SPECS["attention"]
+    shape = {"lengths": [70, 70, 130, 5, 129, 270], "H": 2, "K": 16, "rest": 3}
+    arguments = spec.inputs(shape, torch.float64, p) | {"window": window}
+    together = run(spec, arguments, "cpu")
+    for module in (attention_cpu, windowed_cpu):
+        monkeypatch.setattr(module, "SCORES", 1)
+    torch.testing.assert_close(run(spec, arguments, "cpu"), together)
+    torch.testing.assert_close(run(spec, arguments, "reference"), together)
 
 
 def test_cut_queries_leave_the_other_outputs_as_they_are():

@@ -318,7 +318,11 @@ def test_constants_are_those_of_the_kernels():
     )
     triton = importlib.import_module("fastbert_kernels.mlm_loss.kernel")
     assert (activations.CPU_SHRINK, memory.CPU_SLAB) == (attention._SHRINK, loss._SLAB)
-    assert attention._BLOCK == activations.CPU_BLOCK
+    products, windowed = (
+        importlib.import_module(f"fastbert_kernels.attention.{name}_cpu")
+        for name in ("products", "windowed")
+    )
+    assert (activations.CPU_SCORES, activations.CPU_BLOCK) == (products.SCORES, windowed._BLOCK)
     assert (memory.TRITON_SLAB, memory.TRITON_WORDS) == (triton._SLAB_NUMBERS, triton._SLAB_WORDS)
 
 

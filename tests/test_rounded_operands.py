@@ -16,6 +16,7 @@ from fastbert.models.heads import losses
 from fastbert.recipe import parse_config
 from fastbert_kernels import _linear, varlen_attention
 from fastbert_kernels.attention import cpu as attention_cpu
+from fastbert_kernels.attention import products_cpu, windowed_cpu
 from tests.random_batch import make_batch
 from tests.tiers import slow
 from tests.trials import Laboratory
@@ -70,20 +71,30 @@ def test_evaluation_is_not_rounded(model):
 
 
 @pytest.mark.usefixtures("bf16_products")
-def test_attention_in_bf16_is_about_as_exact_as_torchs_own(monkeypatch):
-    """Its error against fp64 is at most twice that of torch's flash attention for a CPU."""
+@pytest.mark.parametrize("strength", [1, 4])
+@pytest.mark.parametrize("window", [None, 40])
+def test_attention_in_bf16_is_about_as_exact_as_torchs_own(window, strength, monkeypatch):
+    """Its error against fp64 is at most twice that of torch's flash attention for a CPU.
+
+    The scores are as even as those of a new model, or as uneven as those of a trained one.
+    """
     monkeypatch.setattr(attention_cpu, "_FEWEST_MULTIPLICATIONS", 0)
-    monkeypatch.setattr(attention_cpu, "has_bf16_instructions", lambda: True)
+    monkeypatch.setattr(windowed_cpu, "FEWEST_MULTIPLICATIONS", 0)
+    monkeypatch.setattr(products_cpu, "has_bf16_instructions", lambda: True)
     heads, n, size, sequences = 4, 96, 32, 3
     draw = torch.Generator().manual_seed(0)
     inputs = [torch.randn(sequences * n, heads, size, generator=draw).bfloat16() for _ in range(4)]
+    inputs[0] *= strength
+    distance = (torch.arange(n)[:, None] - torch.arange(n)).abs()
+    seen = None if window is None else distance <= window
     starts = torch.arange(0, sequences * n + 1, n, dtype=torch.int32)
 
     def padded(x):
         return x.view(sequences, n, heads, size).transpose(1, 2)
 
     def torchs(q, k, v):
-        out = torch.nn.functional.scaled_dot_product_attention(padded(q), padded(k), padded(v))
+        attention = torch.nn.functional.scaled_dot_product_attention
+        out = attention(padded(q), padded(k), padded(v), attn_mask=seen)
         return out.transpose(1, 2).reshape(sequences * n, heads, size)
 
     def results(function, dtype):
@@ -94,7 +105,9 @@ def test_attention_in_bf16_is_about_as_exact_as_torchs_own(monkeypatch):
 
     exact = results(torchs, torch.float64)
     theirs = results(torchs, torch.bfloat16)
-    ours = results(lambda q, k, v: varlen_attention(q, k, v, starts, n), torch.bfloat16)
+    ours = results(
+        lambda q, k, v: varlen_attention(q, k, v, starts, n, window=window), torch.bfloat16
+    )
     for one, other, right in zip(ours, theirs, exact, strict=True):
         assert one.dtype == torch.bfloat16
         assert 0 < (one - right).norm() <= 2 * (other - right).norm()

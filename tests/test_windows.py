@@ -11,7 +11,7 @@ import torch
 
 from fastbert_kernels import varlen_attention
 from fastbert_kernels._dropout import keep_mask, row_seeds, stream_keys
-from fastbert_kernels.attention import cpu
+from fastbert_kernels.attention import windowed_cpu
 from fastbert_kernels.checker.sanitizer import sanitize
 from fastbert_kernels.specs import SPECS
 from tests.test_kernels import GPU, fresh_memory_is_nan, place, run, watched
@@ -170,10 +170,11 @@ def test_the_cpu_holds_no_square_of_the_length():
             SPEC.function(**arguments | {"q": q, "k": k, "v": v}, window=64, impl="cpu")
         return sum(sizes)
 
-    # For each query and head: two rows of weights, q, and k and v of up to three blocks.
-    least = 2 * (2 * (64 + 2 * 64) + 16 + 2 * 3 * 16)
+    # For each query and head: a row of weights, and one of the mask; q, k and v. Before the first
+    # and behind the last key there is room for the keys that a query in the middle would see.
+    least = 2 * (2 * (64 + 2 * 64) + 3 * 16)
     for n in (2048, 4096):
-        assert saved(n) <= n * least < 2 * n * n
+        assert saved(n) <= n * least + 2 * 2 * 2 * 64 * 16 < 2 * n * n
 
 
 def test_8192_tokens_train_on_a_cpu():
@@ -202,17 +203,21 @@ def test_a_negative_window_is_refused(impl):
     )
 
 
-def test_blocks_of_queries_cover_each_query_once_and_all_keys_that_it_sees():
+@pytest.mark.parametrize("aligned", [False, True])
+@pytest.mark.parametrize("window", [0, 1, 15, 64, 65, 200])
+def test_blocks_of_queries_show_each_query_the_keys_that_it_sees_and_no_other(window, aligned):
     bounds = torch.tensor([0, 1, 1, 130, 400], dtype=torch.int32)
-    for window in (0, 1, 15, 64, 65, 200):
-        blocks = cpu._blocks(bounds, None, window)
-        asked = []
-        for first, count, key, keys, column in zip(*(x.tolist() for x in blocks), strict=True):
-            start = max(b for b in bounds.tolist() if b <= first)
-            end = min(b for b in bounds.tolist() if b > first)
-            assert column % 16 == 0 and key - start == column
-            assert key <= max(first - window, start)
-            assert key + keys >= min(first + count + window, end)
-            assert start <= key and key + keys <= end
-            asked += range(first, first + count)
-        assert asked == list(range(400))
+    layout, mask, first_columns = windowed_cpu._layout(bounds, window, aligned)
+    rows = torch.arange(400)[layout.rows] if isinstance(layout.rows, slice) else layout.rows
+    token_of = dict(zip(rows.tolist(), range(400), strict=True))
+    for row, token in token_of.items():
+        block, query = divmod(row, layout.size)
+        key = block * layout.size - layout.reach  # the row of the first one
+        seen = (mask[block, query] == 0).nonzero()[:, 0] + key
+        start = max(b for b in bounds.tolist() if b <= token)
+        end = min(b for b in bounds.tolist() if b > token)
+        expected = range(max(start, token - window), min(end, token + window + 1))
+        assert [token_of[row] for row in seen.tolist()] == list(expected)
+        column = first_columns[block, query]
+        assert column == token - start - (row - key)
+        assert column % 16 == 0 or not aligned

@@ -14,7 +14,8 @@ from typing import NamedTuple
 from fastbert.config import BertConfig, ModelConfig, ModernBertConfig
 
 CPU_SHRINK = 0.85  # attention/cpu.py starts a new group below this share of the group's longest
-CPU_BLOCK = 64  # queries of a block there, at least, where the layer has a window
+CPU_SCORES = 1 << 21  # of a group, at most
+CPU_BLOCK = 64  # queries of a block of attention/windowed_cpu.py, at least
 
 
 class MicroBatchSize(NamedTuple):
@@ -93,7 +94,7 @@ def _of_bert(
     |---|---|---|
     | x, the input of qkv and the residual | D | D |
     | q, k, v | 3 D | 3 D, padded to groups of similar length |
-    | attention | 8 H bytes of statistics | weights, fp32, before and after dropout: H n each |
+    | attention | 8 H bytes of statistics | weights, fp32, and dropout's mask: H n, and H n bytes |
     | output of the attention | D | D |
     | input and output of the first LayerNorm | 2 D, 8 bytes | 2 D, 8 bytes, mask of D bytes |
     | input and output of the GELU | 2 F | 2 F |
@@ -118,10 +119,10 @@ def _of_bert(
         full, last = T * (each + 3 * w * D), R * (each + 2 * w * D + tables) + 3 * T * w * D
         return (L - 1) * full + last + tables * T + head
     hidden, attention = model.hidden_dropout_prob > 0, model.attention_probs_dropout_prob > 0
-    score = 4 * H * (1 + attention)
+    score = H * (4 + attention)
     each = w * (4 * D + 2 * F) + 2 * D * hidden + 16  # without x, q, k and v
     full = last = 0.0
-    for _, longest, sequences in _groups(_blocks(pack.lengths, None)):
+    for longest, sequences in _groups(pack.lengths, H):
         rows = 1 + pack.masked * longest / max(T, 1)
         full += sequences * longest * (3 * w * D + score * longest)
         last += sequences * (longest * 2 * w * D + rows * w * D + rows * score * longest)
@@ -141,16 +142,16 @@ def _of_modernbert(
     |---|---|---|
     | the sum and the norm before the attention | 2 D, 8 bytes | 2 D, 8 bytes |
     | q, k and the projection that v is a part of | 5 D | q, k, v: 3 D, padded |
-    | attention | 8 H bytes of statistics | weights, fp32, before and after dropout: H n each |
+    | attention | 8 H bytes of statistics | weights, fp32, and dropout's mask: H n, and H n bytes |
     | output of the attention | D | D |
     | the sum and the norm before the feed-forward network | 2 D, 8 bytes | 2 D, 8 bytes, mask |
     | input and output of GeGLU | 3 F | 3 F |
 
     The weights of a local layer are those of blocks of queries, with the keys that a block sees.
-    The first layer has no norm before its attention. The last one keeps its queries, and all that
-    follows them, for the M masked tokens only; the final norm keeps 2 M D and the MLM head 4 M D.
-    Dropout within the feed-forward network keeps its factors, in fp32. The tables of angles are 8 K
-    bytes for each position.
+    Its q, k and v are not padded. The first layer has no norm before its attention. The last one
+    keeps its queries, and all that follows them, for the M masked tokens only; the final norm keeps
+    2 M D and the MLM head 4 M D. Dropout within the feed-forward network keeps its factors, in
+    fp32. The tables of angles are 8 K bytes for each position.
     """
     D, F, H = model.hidden_size, model.intermediate_size, model.num_attention_heads
     T, M, w = pack.tokens, pack.masked, 2 if bf16 else 4
@@ -164,10 +165,16 @@ def _of_modernbert(
         total += T * (w * 2 * D + 8) + (M if last else T) * (w * D + outer)
         if kernels == "cpu":
             total += (M if last else T) * D * dropped
-            for queries, keys, count in _groups(_blocks(pack.lengths, model.window_of(layer))):
-                queries = M / T * queries if last else queries
-                total += count * (queries + 2 * keys) * w * D
-                total += count * 4 * H * (1 + dropped) * queries * keys
+            window = model.window_of(layer)
+            if window is None or window >= max(pack.lengths, default=0) - 1:
+                for longest, count in _groups(pack.lengths, H):
+                    queries = M / T * longest if last else longest
+                    total += count * (queries + 2 * longest) * w * D
+                    total += count * H * (4 + dropped) * queries * longest
+            else:
+                queries, more = _blocks(pack.lengths, window, dropped)
+                total += (3 * queries + 2 * more) * w * D
+                total += H * (4 + dropped) * queries * (max(more // 2, CPU_BLOCK) + more)
         else:
             tile = bf16 and max(pack.lengths) <= 128
             total += T * w * 4 * D + (M if last else T) * (w * D + (0 if tile else 8 * H))
@@ -179,26 +186,21 @@ def _of_modernbert(
     )
 
 
-def _blocks(lengths: Sequence[int], window: int | None) -> list[tuple[int, int]]:
-    """Return the queries and the keys of each block of attention/cpu.py."""
-    if window is None:
-        return [(n, n) for n in lengths]
-    size = -(-max(window, CPU_BLOCK) // 16) * 16
-    blocks: list[tuple[int, int]] = []
-    for n in lengths:
-        for first in range(0, n, size):
-            end, first_key = min(first + size, n), max(first - window, 0) // 16 * 16
-            blocks.append((end - first, min(end + window, n) - first_key))
-    return blocks
+def _blocks(lengths: Sequence[int], window: int, dropped: bool) -> tuple[int, int]:
+    """Return the queries of attention/windowed_cpu.py, and the keys of a block beyond its own."""
+    reach = -(-window // 16) * 16
+    size = max(reach, CPU_BLOCK)
+    rows = sum(-(-n // 16) * 16 for n in lengths) if dropped else sum(lengths)
+    return -(-rows // size) * size, 2 * reach
 
 
-def _groups(blocks: Sequence[tuple[int, int]]) -> list[tuple[int, int, int]]:
-    """Return the most queries, the most keys, and the blocks of each group of attention/cpu.py."""
-    groups: list[tuple[int, int, int]] = []
-    for queries, keys in sorted(blocks, key=lambda block: -block[1]):
-        most, longest, count = groups[-1] if groups else (0, 0, 0)
-        if keys >= CPU_SHRINK * longest > 0:
-            groups[-1] = (max(most, queries), longest, count + 1)
+def _groups(lengths: Sequence[int], heads: int) -> list[tuple[int, int]]:
+    """Return the longest and the number of sequences of each group of attention/cpu.py."""
+    groups: list[tuple[int, int]] = []
+    for n in sorted(lengths, reverse=True):
+        longest, count = groups[-1] if groups else (0, 0)
+        if n >= CPU_SHRINK * longest > 0 and (count + 1) * heads * longest**2 <= CPU_SCORES:
+            groups[-1] = (longest, count + 1)
         else:
-            groups.append((queries, keys, 1))
+            groups.append((n, 1))
     return groups

@@ -1,9 +1,9 @@
-"""`bias_geglu` on a CPU: torch's GELU, with both halves of the gradient written in their place.
+"""`bias_geglu` on a CPU: torch's GELU of contiguous halves.
 
     y = GELU(a) b        da = GELU'(a) (dy b)        db = dy GELU(a)
 
-Autograd would fill each half of dx with zeros, and add the halves. Saved: x + bias; GELU(a) is
-computed again.
+Both halves are copied first: oneDNN computes GELU in less than half the time of torch's own loop,
+but takes no rows of a wider matrix. Saved: the halves of x + bias; GELU(a) is computed again.
 """
 
 from typing import Any
@@ -20,20 +20,17 @@ class _BiasGeglu(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor | None) -> Tensor:
         z = x if bias is None else x + bias
-        ctx.save_for_backward(z)
+        a, b = (half.contiguous() for half in z.chunk(2, dim=-1))
+        ctx.save_for_backward(a, b)
         ctx.has_bias = bias is not None
-        a, b = z.chunk(2, dim=-1)
         return gelu(a).mul_(b)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> Gradients:
-        (z,) = ctx.saved_tensors
-        a, b = z.chunk(2, dim=-1)
-        dx = z.new_empty(z.shape)
-        da, db = dx.chunk(2, dim=-1)
-        torch.ops.aten.gelu_backward.grad_input(dy * b, a, grad_input=da)
-        torch.mul(dy, gelu(a), out=db)
+        a, b = ctx.saved_tensors
+        da = torch.ops.aten.gelu_backward(dy * b, a)
+        dx = torch.cat((da, gelu(a).mul_(dy)), dim=-1)
         return dx, dx.sum(0) if ctx.has_bias else None
 
 

@@ -1,6 +1,6 @@
-"""`rotary_embedding` on a CPU: rotations in place, and one tensor for the packed gradient.
+"""`rotary_embedding` on a CPU: some tokens at a time, and one tensor for the packed gradient.
 
-    q' = (a cos - b sin, b cos + a sin) for the halves a, b of q, and the same for k
+    q' = q [cos, cos] + [b, a] [-sin, sin]  for the halves a, b of q, and the same for k
     dq = the rotation of dq' by the opposite angle        dv is copied to its place
 
 Saved: the positions and the table.
@@ -14,18 +14,22 @@ from torch.autograd.function import once_differentiable
 
 from fastbert_kernels._function import Function, Gradients
 
-
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
-    """Write x [T, H, K], rotated by angles [T, 1, K / 2], to `out`."""
-    a, b = x.to(cos.dtype).chunk(2, dim=-1)
-    first, second = out.chunk(2, dim=-1)
-    first.copy_((a * cos).addcmul_(b, sin, value=-1))
-    second.copy_((b * cos).addcmul_(a, sin))
+_TOKENS = 512  # at once, so that their fp32 copies stay in the cache
 
 
-def _angles(position_ids: Tensor, table: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    wide = torch.promote_types(dtype, torch.float32)
-    return table.index_select(0, position_ids).to(wide)[:, None].chunk(2, dim=-1)
+def _rotate(pairs: list[tuple[Tensor, Tensor]], ids: Tensor, table: Tensor, sign: int) -> None:
+    """Write each first tensor [T, ..., K], rotated forward or backward, to the second."""
+    for first in range(0, len(ids), _TOKENS):
+        tokens = slice(first, first + _TOKENS)
+        cos, sin = table.index_select(0, ids[tokens]).chunk(2, dim=-1)
+        factors = torch.cat((cos, cos), -1), torch.cat((-sign * sin, sign * sin), -1)
+        for x, out in pairs:
+            wide = x[tokens].to(torch.promote_types(x.dtype, torch.float32))
+            swapped = wide.roll(x.shape[-1] // 2, -1)
+            cos, sin = (
+                f.to(wide.dtype).view(-1, *(1,) * (x.dim() - 2), x.shape[-1]) for f in factors
+            )
+            out[tokens] = (wide * cos).addcmul_(swapped, sin)
 
 
 class _Rotary(Function):
@@ -33,21 +37,17 @@ class _Rotary(Function):
     def forward(
         ctx: Any, qkv: Tensor, position_ids: Tensor, table: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        cos, sin = _angles(position_ids, table, qkv.dtype)
-        q, k = (qkv.new_empty(qkv[:, 0].shape) for _ in range(2))
-        _rotate(qkv[:, 0], cos, sin, q)
-        _rotate(qkv[:, 1], cos, sin, k)
+        qk = qkv.new_empty(qkv[:, :2].shape)
+        _rotate([(qkv[:, :2], qk)], position_ids, table, 1)
         ctx.save_for_backward(position_ids, table)
-        return q, k, qkv[:, 2]
+        return qk[:, 0], qk[:, 1], qkv[:, 2]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor) -> Gradients:
         position_ids, table = ctx.saved_tensors
-        cos, sin = _angles(position_ids, table, dq.dtype)
         dqkv = dq.new_empty(dq.shape[0], 3, *dq.shape[1:])
-        _rotate(dq, cos, -sin, dqkv[:, 0])
-        _rotate(dk, cos, -sin, dqkv[:, 1])
+        _rotate([(dq, dqkv[:, 0]), (dk, dqkv[:, 1])], position_ids, table, -1)
         dqkv[:, 2] = dv
         return dqkv, None, None
 
