@@ -25,13 +25,13 @@ from fastbert.data.dataset import TokenDataset, open_dataset
 from fastbert.data.masking import Masking
 from fastbert.data.prepare import prepare
 from fastbert.data.shard_split import ShardSplit
-from fastbert.data.shards import ShardWriter
 from fastbert.data.split import Split
 from fastbert.data.token_roles import roles_of
 from fastbert.data.tokenizer import load_tokenizer, save_tokenizer, special_ids
 from fastbert.errors import InputError
 from fastbert.tasks.pretrained import TextCutWarning
 from tests.scripts import ARTICLES
+from tests.shard_writer import ShardWriter
 from tests.tiny_bert import make_hugging_face_folder, make_run
 from tests.tokenizer_kinds import make_folder
 

@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from fastbert.data.dataset import TokenDataset, open_dataset
 from fastbert.data.manifest import token_dtype
 from fastbert.data.shard_split import ShardSplit
-from fastbert.data.shards import ShardWriter
 from fastbert.durable import sealed, sha256_of
 from fastbert.errors import InputError
+from tests.shard_writer import ShardWriter
 
 documents_of_sentences = st.lists(
     st.lists(st.lists(st.integers(0, 999), min_size=1, max_size=5), min_size=1, max_size=4),

@@ -12,7 +12,7 @@ import pytest
 
 from fastbert.data.mapped_file import map_file
 from fastbert.data.shard_split import ShardSplit
-from fastbert.data.shards import ShardWriter
+from tests.shard_writer import ShardWriter
 
 U2 = np.dtype("<u2")
 
