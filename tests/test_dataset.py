@@ -69,8 +69,6 @@ def test_shards_read_as_one(
         assert read(indices).tolist() == expected[indices].tolist()
         assert read(indices).dtype == np.int64
     indices = order(len(sentences))
-    owners = np.repeat(np.arange(len(documents)), [len(document) for document in documents])
-    assert split.document_of(indices).tolist() == owners[indices].tolist()
     spans = split.gather(first_token[indices], np.diff(first_token)[indices])
     assert spans.tolist() == [token for i in indices for token in sentences[i]]
     assert spans.dtype == np.int64

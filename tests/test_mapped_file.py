@@ -68,5 +68,5 @@ def test_a_split_of_more_shards_than_descriptors(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
     assert tokens.tolist() == [0, 1, 7, 299, 300, 1]
-    assert split.document_of(np.array([599, 0, 3])).tolist() == [299, 0, 1]
+    assert split.first_sentence(np.array([300, 299, 1])).tolist() == [600, 598, 2]
     assert split.first_token(np.array([600, 1, 2])).tolist() == [900, 2, 3]

@@ -67,20 +67,6 @@ class BlockSplit:
         group = self._u4[self._group_at[block] + (local >> _GROUP_BITS)]
         return self._u2[self._sentence_at[block] + local] + (group + self._token_base[block])
 
-    def document_of(self, sentences: np.ndarray) -> np.ndarray:
-        sentences = np.asarray(sentences, np.int64)
-        block, local = _locate(sentences, self._sentence_base)
-        assert sentences.size == 0 or sentences.max() < self.sentences
-        at = self._document_at[block]
-        # Bisection for the last document that begins at or before the sentence.
-        bottom = np.zeros_like(local)
-        top = self._document_base[block + 1] - self._document_base[block] - 1
-        while (bottom < top).any():
-            middle = (bottom + top + 1) >> 1
-            begins = self._u4[at + middle] <= local
-            bottom, top = np.where(begins, middle, bottom), np.where(begins, top, middle - 1)
-        return bottom + self._document_base[block]
-
     def gather(self, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
         block, local = self._spans(starts, lengths)
         return self._tokens[positions(self._token_at[block] + local, lengths)].astype(np.int64)

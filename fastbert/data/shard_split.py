@@ -59,17 +59,6 @@ class ShardSplit:
     def first_token(self, sentences: np.ndarray) -> np.ndarray:
         return _look_up(self._sentences, self._sentence_base, self._token_base, sentences)
 
-    def document_of(self, sentences: np.ndarray) -> np.ndarray:
-        sentences = np.asarray(sentences, np.int64)
-        assert sentences.size == 0 or (sentences.min() >= 0 and sentences.max() < self.sentences)
-        result = np.empty_like(sentences)
-        shards = np.searchsorted(self._sentence_base, sentences, "right") - 1
-        for shard, chosen in _by_shard(shards):
-            local = sentences[chosen] - self._sentence_base[shard]
-            local_documents = np.searchsorted(self._documents[shard], local, "right") - 1
-            result[chosen] = local_documents + self._document_base[shard]
-        return result
-
     def gather(self, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
         tokens = self._positions(starts, lengths)
         if len(self._tokens) == 1:

@@ -33,10 +33,6 @@ class Split(Protocol):
         """
         ...
 
-    def document_of(self, sentences: np.ndarray) -> np.ndarray:
-        """Return the index of the document that each sentence belongs to."""
-        ...
-
     def gather(self, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
         """Return the token ids of many spans, one span after another.
 
