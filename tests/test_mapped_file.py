@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fastbert.data.mapped_file import map_file
+from fastbert.data.mapped_file import map_ranges
 from fastbert.data.shard_split import ShardSplit
 from tests.shard_writer import ShardWriter
 
@@ -19,6 +19,11 @@ U2 = np.dtype("<u2")
 
 def mappings(path: Path) -> int:
     return Path("/proc/self/maps").read_text().count(str(path))
+
+
+def map_file(path: Path, dtype: np.dtype, length: int) -> np.ndarray:
+    size = length * dtype.itemsize
+    return map_ranges([(path, 0, size)], np.array([0, size])).view(dtype)
 
 
 @pytest.fixture
