@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
+from fastbert.data.byte_level import train_byte_level
 from fastbert.data.corpus_plan import VOCABULARY_BYTES, Part
-from fastbert.data.documents import Chunk
+from fastbert.data.documents import Chunk, parse
 from fastbert.data.job import Job, Vocabulary
 from fastbert.data.results import disk_errors, write_json
 from fastbert.data.segments import check_unchanged, read_segment
-from fastbert.data.vocabulary import VocabularyTrainer
+from fastbert.data.unpack import BadRecord
+from fastbert.data.vocabulary import BPE, train_tokenizer
 from fastbert.data.workers import apply_in_child
 
 Sample = list[tuple[Part, int]]  # segments, and how many bytes to read of each
@@ -42,15 +44,13 @@ class SampleTrainer:
     def __call__(self, sample: Sample) -> str:
         job, options = self._job, self._job.tokenizer_or_vocabulary
         assert isinstance(options, Vocabulary)
-        trainer = VocabularyTrainer(
-            job.text_field,
-            job.bad_allowed != 0,
-            options.algorithm,
-            options.size,
-            options.lowercase,
-            options.keep_accents,
-        )
-        return trainer(spread(read_sample(job, sample)))
+        chunks = spread(read_sample(job, sample))
+        skipped = None if job.bad_allowed == 0 else list[BadRecord]()
+        texts = (text for chunk in chunks for text in parse(chunk, job.text_field, skipped))
+        if options.algorithm == BPE:
+            return train_byte_level(texts, options.size).to_str()
+        trained = train_tokenizer(texts, options.size, options.lowercase, options.keep_accents)
+        return trained.to_str()
 
 
 def read_sample(job: Job, sample: Sample) -> Iterator[Chunk]:
