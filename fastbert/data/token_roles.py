@@ -47,14 +47,15 @@ def read_settings(folder: Path) -> dict[str, Any]:
     Raises:
         InputError: a file is no JSON object.
     """
-    settings = _read_object(folder / CONFIG)
+    settings = read_object(folder / CONFIG)
     # transformers ignores the older file where the newer one lists the added tokens.
     if "added_tokens_decoder" not in settings:
-        settings = settings | _read_object(folder / OLD_MAP)
+        settings = settings | read_object(folder / OLD_MAP)
     return settings
 
 
-def _read_object(file: Path) -> dict[str, Any]:
+def read_object(file: Path) -> dict[str, Any]:
+    """Return the settings in a file, none where there is no file; raises InputError."""
     if not is_file(file):
         return {}
     try:
