@@ -12,8 +12,7 @@ from fastbert.data.block_table import Blocks
 from fastbert.data.blocks import ALIGNMENT, GROUP
 from fastbert.data.mapped_file import map_ranges
 from fastbert.data.split import bits, locate, locate_spans, positions, running_total
-from fastbert.data.verify import AGAIN
-from fastbert.errors import InputError
+from fastbert.data.verify import reading_part
 
 _GROUP_BITS = GROUP.bit_length() - 1
 
@@ -34,13 +33,8 @@ class BlockSplit:
         at = blocks.layout
         aligned = -(-at.size // ALIGNMENT) * ALIGNMENT
         places = running_total(aligned)
-        try:
+        with reading_part(blocks.folder):
             self._bytes = map_ranges(blocks.ranges(), places)
-        except OSError as error:
-            raise InputError(
-                f"{error.filename}: part of the dataset, but cannot be read "
-                f"({error.strerror}); {AGAIN}"
-            ) from None
         self._u2, self._u4 = self._bytes.view("<u2"), self._bytes.view("<u4")
         self._tokens = self._bytes.view(f"<u{blocks.width}")
         # Where each block begins in the numbering of the split; the last entry is the total.

@@ -14,9 +14,9 @@ import secrets
 import stat
 import threading
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from io import RawIOBase
 from pathlib import Path
@@ -96,6 +96,18 @@ class Claim:
             record = "table" if self.label else "manifest"
             return f"{where}: its SHA-256 differs from the {record}'s: damaged or changed"
         return wrong and f"{where}: {wrong}"
+
+
+@contextmanager
+def reading_part(file: Path) -> Iterator[None]:
+    """Raise InputError where a part of the dataset cannot be read in this block."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(
+            f"{error.filename or file}: part of the dataset, but cannot be read "
+            f"({error.strerror}); {AGAIN}"
+        ) from None
 
 
 def _fill(file: RawIOBase, buffer: memoryview) -> int:
