@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from fastbert.data.copies import distinct
 from fastbert.data.documents import parse, read_chunks
 from fastbert.data.encode import ChunkEncoder, Documents, mix
 from fastbert.data.rows import as_text, read_values
@@ -75,8 +76,7 @@ def grams_of(texts: Iterable[str], encoder: ChunkEncoder) -> np.ndarray:
         if len(waiting) == _TEXTS:
             add()
     add()
-    hashes = np.sort(np.concatenate(found))
-    return hashes[np.append(True, hashes[1:] != hashes[:-1])[: len(hashes)]]
+    return distinct(np.concatenate(found))
 
 
 class Shared:

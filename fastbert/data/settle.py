@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from fastbert.data.copies import Seen
+from fastbert.data.copies import Seen, distinct
 from fastbert.data.job import Job
 from fastbert.data.manifest import token_dtype
 from fastbert.data.pieces import LISTED, Piece, read_piece, too_many
@@ -98,7 +98,7 @@ def settle(job: Job, sources: Sequence[str | Path]) -> Settled:
             dropped.append(leave_out)
         kept = hashes[~leave_out]
         estimator.add(kept)
-        smallest = _distinct(np.concatenate([smallest, kept]))[: 4 * LEAST_HELDOUT]
+        smallest = distinct(np.concatenate([smallest, kept]))[: 4 * LEAST_HELDOUT]
         largest = max(largest, int(kept.max(initial=0)))
         counts.append(len(hashes))
         ids.append(piece.tokens * width)
@@ -150,12 +150,6 @@ def _width(job: Job) -> int:
     from tokenizers import Tokenizer
 
     return token_dtype(Tokenizer.from_str(job.tokenizer).get_vocab_size()).itemsize
-
-
-def _distinct(hashes: np.ndarray) -> np.ndarray:
-    """Return the distinct hashes, ascending; np.unique is a slow hash table in numpy 2.4."""
-    hashes = np.sort(hashes)
-    return hashes[np.append(True, hashes[1:] != hashes[:-1])[: len(hashes)]]
 
 
 def _groups(ends: np.ndarray) -> np.ndarray:

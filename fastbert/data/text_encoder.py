@@ -19,6 +19,7 @@ from tokenizers import Tokenizer
 
 from fastbert.data.cuts import Cuts
 from fastbert.data.encoder import EXAMPLES, REMOVED, Losses
+from fastbert.data.split import positions
 from fastbert.data.token_roles import part_of
 from fastbert.data.tokenizer import special_ids
 
@@ -94,7 +95,7 @@ class TextEncoder:
         bounds = np.frombuffer(self._bounds, np.int64)
         first, counts = bounds[index], bounds[index + 1] - bounds[index]
         running = np.append(0, np.cumsum(counts))
-        place = np.arange(running[-1]) + np.repeat(first - running[:-1], counts)
+        place = positions(first, counts)
         # The characters of all documents are numbered through.
         sizes = np.fromiter(map(len, parts), np.int64, len(parts))
         ends = np.frombuffer(self._ends, np.int32)[place]
