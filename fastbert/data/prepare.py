@@ -131,7 +131,7 @@ def prepare(sources: Sequence[str | Path], out: str | Path, **options: Any) -> R
     with _started(sources, Path(out), Options(**options)) as run:
         if isinstance(run, Report):
             return run
-        with _alone(run.job.work), _removed_if_nothing_to_add(run.job.work):
+        with _alone(run.job.work):
             return run.finish()
 
 
@@ -235,7 +235,7 @@ class _Run:
                 return f"{out}: all {len(shards):,} shards are there; next, {rerun}"
             if share != 0:
                 return f"{out}: only the last task is missing; run --task 0/{shares}"
-            with _alone(job.work), _removed_if_nothing_to_add(job.work):
+            with _alone(job.work):
                 self._seal(settled)
         remove_work(job.work)
         return f"{out}: ready"
@@ -408,7 +408,10 @@ def _say_what_is_left(work: Path) -> None:
 
 @contextmanager
 def _alone(work: Path) -> Iterator[None]:
-    """Raise InputError where another process finishes the same dataset."""
+    """Raise InputError where another process finishes the same dataset.
+
+    If the block finds nothing in the results to add, they are removed, being of no further use.
+    """
     descriptor = os.open(work, os.O_RDONLY)
     try:
         try:
@@ -418,18 +421,11 @@ def _alone(work: Path) -> Iterator[None]:
         except OSError:
             pass  # a disk without locks
         yield
-    finally:
-        os.close(descriptor)
-
-
-@contextmanager
-def _removed_if_nothing_to_add(work: Path) -> Iterator[None]:
-    """Remove the results if the block finds nothing in them to add: they are of no further use."""
-    try:
-        yield
     except NothingToAdd:
         remove_work(work)
         raise
+    finally:
+        os.close(descriptor)
 
 
 def _check(out: Path, options: Options) -> None:
