@@ -86,9 +86,14 @@ class Job:
         return work_of(self.out)
 
     @property
+    def part_number(self) -> int:
+        """The number of the part that is made."""
+        return self.base.parts if self.base else 0
+
+    @property
     def part_name(self) -> str:
-        """The name of the folder of the part that is made."""
-        return f"part-{self.base.parts if self.base else 0:05d}"
+        """The name of its folder."""
+        return f"part-{self.part_number:05d}"
 
     @property
     def has_vocabulary(self) -> bool:

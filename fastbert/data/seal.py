@@ -298,7 +298,7 @@ def _splits(
 ) -> list[BlockSplit]:
     """Open both splits of all parts, with the new one."""
     size, words = tokenizer.get_vocab_size(), not is_bert(tokenizer)
-    width, number = token_dtype(size).itemsize, job.base.parts if job.base else 0
+    width, number = token_dtype(size).itemsize, job.part_number
     before = read_tables(job.out, old) if old is not None else {}
     result = list[BlockSplit]()
     for split, name in enumerate(SPLITS):
