@@ -36,22 +36,14 @@ TRAIN, HELDOUT = 0, 1  # as in dataset.SPLITS
 
 @dataclass(frozen=True)
 class Shard:
-    """A shard of training text, and what was held out beside it.
+    """A shard of training text, and what was held out beside it."""
 
-    Attributes:
-        size: bytes of the file.
-        table: BLOCK [blocks].
-        heldout: the documents that are held out.
-        heldout_hashes: uint64, of these.
-        facts, arrays: of CorpusStats.
-    """
-
-    size: int
-    table: np.ndarray
+    size: int  # bytes of the file
+    table: np.ndarray  # BLOCK [blocks]
     heldout: Documents
-    heldout_hashes: np.ndarray
-    facts: dict[str, Any]
-    arrays: dict[str, np.ndarray]
+    heldout_hashes: np.ndarray  # uint64, of the documents that are held out
+    facts: dict[str, Any]  # of CorpusStats
+    arrays: dict[str, np.ndarray]  # of CorpusStats
 
 
 class Assembler:

@@ -238,36 +238,24 @@ class Report:
 
 @dataclass(frozen=True)
 class About:
-    """What a report says besides the counts.
-
-    Attributes:
-        vocab_size: V.
-        asked_vocab_size: the size asked for; None where the tokenizer was given.
-        baselines: in nats, by name.
-        files: how many files were read.
-        blank_lines: whether a blank line ends a document in some of them.
-        unreachable: tokens that no text gives.
-        tokenizer: its algorithm; None for BERT's.
-        duplicates: the share of documents that are copies, and whether it is from a sample.
-        copies: how many documents were left out as copies; None where they are kept.
-        evaluated: how many were left out because evaluation sets share text with them; None where
-            none were given.
-        bad_records: the first records that were left out: "file", "line" (or "row"), "reason".
-        stretches: how many stretches of text a window mixes, each in the order of a source; None
-            where all examples are shuffled together.
-    """
+    """What a report says besides the counts."""
 
     vocab_size: int
-    asked_vocab_size: int | None
-    baselines: dict[str, float]
-    files: int = 1
-    blank_lines: bool = False
-    unreachable: Sequence[str] = ()
-    tokenizer: str | None = None
+    asked_vocab_size: int | None  # the size asked for; None where the tokenizer was given
+    baselines: dict[str, float]  # in nats, by name
+    files: int = 1  # how many were read
+    blank_lines: bool = False  # whether a blank line ends a document in some of them
+    unreachable: Sequence[str] = ()  # tokens that no text gives
+    tokenizer: str | None = None  # its algorithm; None for BERT's
+    # The share of documents that are copies, and whether it is from a sample.
     duplicates: tuple[float, bool] = (0.0, False)
-    copies: int | None = None
+    copies: int | None = None  # documents left out as copies; None where they are kept
+    # Documents left out because evaluation sets share text with them; None where none were given.
     evaluated: int | None = None
+    # The first records that were left out: "file", "line" (or "row"), "reason".
     bad_records: Sequence[dict[str, Any]] = ()
+    # How many stretches of text a window mixes, each in the order of a source; None where all
+    # examples are shuffled together.
     stretches: int | None = None
 
 

@@ -52,23 +52,15 @@ _ENDS = {
 
 @dataclass(frozen=True)
 class File:
-    """A source and how it is cut.
+    """A source and how it is cut."""
 
-    Attributes:
-        source: the file; its format is WIKI where it was recognised.
-        size: bytes on disk.
-        stamp: what changes when the file is written again; see storage.py.
-        step: text is cut near multiples of this many bytes; 0 where it is not cut so.
-        groups: Parquet is cut into these groups of rows, from each to the next; () where it is not.
-        places: where each of these begins in the file, in bytes, by their sizes.
-    """
-
-    source: Source
-    size: int
-    stamp: str
-    step: int = 0
+    source: Source  # its format is WIKI where it was recognised
+    size: int  # bytes on disk
+    stamp: str  # what changes when the file is written again; see storage.py
+    step: int = 0  # text is cut near multiples of this many bytes; 0 where it is not cut so
+    # Parquet is cut into these groups of rows, from each to the next; () where it is not.
     groups: tuple[int, ...] = ()
-    places: tuple[int, ...] = ()
+    places: tuple[int, ...] = ()  # where each of these begins in the file, in bytes, by their sizes
 
     @property
     def segments(self) -> int:

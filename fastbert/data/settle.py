@@ -32,29 +32,18 @@ SHARD_BYTES = 512 << 20
 
 @dataclass(frozen=True)
 class Settled:
-    """What was decided.
+    """What was decided."""
 
-    Attributes:
-        heldout_below: documents with a hash below this one are held out.
-        groups: int64: shard k is made of the pieces from groups[k] to groups[k + 1].
-        first_document: int64: the number of the first document of each piece, and of all.
-        bits: see DuplicateEstimator, for sentences.
-        text: the counts of all pieces.
-        copies: how many documents are left out as copies.
-        evaluated: how many because they share text with evaluation sets.
-        duplicates: the share of copies among documents that stay, and whether it is from a sample.
-        bad: the first bad records.
-    """
-
-    heldout_below: int
-    groups: np.ndarray
-    first_document: np.ndarray
-    bits: int
-    text: TextStats
-    copies: int
-    evaluated: int
+    heldout_below: int  # documents with a hash below this one are held out
+    groups: np.ndarray  # int64: shard k is made of the pieces from groups[k] to groups[k + 1]
+    first_document: np.ndarray  # int64: the number of each piece's first document, and of all
+    bits: int  # see DuplicateEstimator, for sentences
+    text: TextStats  # the counts of all pieces
+    copies: int  # how many documents are left out as copies
+    evaluated: int  # how many because they share text with evaluation sets
+    # The share of copies among documents that stay, and whether it is from a sample.
     duplicates: tuple[float, bool]
-    bad: list[dict[str, Any]]
+    bad: list[dict[str, Any]]  # the first bad records
 
 
 def read_settled(job: Job) -> Settled | None:

@@ -29,15 +29,12 @@ _INSTEAD = {"cls": "bos", "sep": "eos"}
 
 @dataclass(frozen=True)
 class TokenRoles:
-    """Which token has which role.
+    """Which token has which role."""
 
-    Attributes:
-        names: the token of each role: pad, cls, sep and mask, and unk where the tokenizer has one.
-            A byte-level tokenizer needs none. cls and sep may be the same token.
-        extra_special: the other tokens that are marked as special, such as the marks of entities.
-    """
-
+    # The token of each role: pad, cls, sep and mask, and unk where the tokenizer has one. A
+    # byte-level tokenizer needs none. cls and sep may be the same token.
     names: dict[str, str]
+    # The other tokens that are marked as special, such as the marks of entities.
     extra_special: tuple[str, ...] = ()
 
 

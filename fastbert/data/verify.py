@@ -48,10 +48,6 @@ class Claim:
     """What the manifest says about a file, or a table about a part of one.
 
     `check`, if given, checks all numbers in order, as `dtype`, of `piece` bytes at a time.
-
-    Attributes:
-        offset: the first byte, for a part of a file.
-        label: names the part in messages; "" for a whole file.
     """
 
     name: str
@@ -59,9 +55,9 @@ class Claim:
     sha256: str
     dtype: np.dtype
     check: NumberCheck | None
-    offset: int = 0
+    offset: int = 0  # the first byte, for a part of a file
     piece: int | None = None
-    label: str = ""
+    label: str = ""  # names the part in messages; "" for a whole file
 
     def problem(self, folder: Path, progress: Progress | None = None) -> str | None:
         """Read the bytes, and return what is wrong with them, or None.

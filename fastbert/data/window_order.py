@@ -232,15 +232,10 @@ class Windows:
 
 @dataclass(frozen=True)
 class _Epoch:
-    """The order of an epoch.
+    """The order of an epoch."""
 
-    Attributes:
-        order: int64 [N], the blocks in their order.
-        first: int64 [windows], the examples before each window.
-    """
-
-    order: np.ndarray
-    first: np.ndarray
+    order: np.ndarray  # int64 [N], the blocks in their order
+    first: np.ndarray  # int64 [windows], the examples before each window
 
 
 class _Ahead:

@@ -94,17 +94,12 @@ class Settings:
 
 @dataclass(frozen=True)
 class Epoch:
-    """The result of an epoch.
-
-    Attributes:
-        loss: mean training loss, in nats or as squared error.
-        score: the metric on the held-out part, or on the evaluation file where there is none.
-    """
+    """The result of an epoch."""
 
     seed: int
     epoch: int
-    loss: float
-    score: float
+    loss: float  # mean training loss, in nats or as squared error
+    score: float  # the metric on the held-out part, or on the evaluation file where there is none
 
 
 @dataclass(frozen=True)
@@ -130,25 +125,16 @@ class Spread:
 
 @dataclass(frozen=True)
 class Finetuned:
-    """The result of a fine-tuning run.
+    """The result of a fine-tuning run."""
 
-    Attributes:
-        metric: the metric that was selected by.
-        scores: every metric on the evaluation file, over the seeds.
-        labels: the classes; empty for regression.
-        majority: accuracy of always answering the most frequent label of the evaluation file.
-        trials: one for each seed.
-        confusion: confusion matrix of the saved trial; rows are true classes.
-        out: the folder, or None.
-    """
-
-    metric: str
-    scores: dict[str, Spread]
-    labels: list[str]
+    metric: str  # the metric that was selected by
+    scores: dict[str, Spread]  # every metric on the evaluation file, over the seeds
+    labels: list[str]  # the classes; empty for regression
+    # Accuracy of always answering the most frequent label of the evaluation file.
     majority: float | None
-    trials: list[Trial]
-    confusion: list[list[int]]
-    out: str | None
+    trials: list[Trial]  # one for each seed
+    confusion: list[list[int]]  # of the saved trial; rows are true classes
+    out: str | None  # the folder
 
 
 @dataclass(frozen=True)
