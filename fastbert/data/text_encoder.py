@@ -50,16 +50,11 @@ class TextEncoder:
     There are two differences. A model may know the name of a special token as a piece, and give its
     id for that name in a text: here the name becomes the unknown token, and is counted. A stretch
     of more than a million characters without a place to cut is tokenized in parts.
-
-    Attributes:
-        problem: why words are not looked up, but every document is tokenized as a whole; None where
-            they are.
     """
 
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
         self._cuts = Cuts(tokenizer)
-        self.problem = self._cuts.problem
         special = special_ids(tokenizer, "tokenizer")
         self._unknown = special.unk
         self._control = {special.pad, special.cls, special.sep, special.mask} - {special.unk}
