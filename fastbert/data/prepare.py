@@ -114,20 +114,7 @@ class Options:
 
 
 def prepare(sources: Sequence[str | Path], out: str | Path, **options: Any) -> Report:
-    """Make the dataset `out` from text files and folders.
-
-    Args:
-        sources: files and folders; sources.py lists the formats.
-        out: the dataset's folder; it must not exist yet.
-        options: of `Options`.
-
-    Returns:
-        The report on the data.
-
-    Raises:
-        InputError: something is wrong with the sources, the tokenizer, the options or the disk.
-            Finished work stays in `out`.work, and the next call uses it.
-    """
+    """Make the dataset `out` from text files and folders, as `fastbert.prepare` on a disk."""
     with _started(sources, Path(out), Options(**options)) as run:
         if isinstance(run, Report):
             return run
