@@ -59,7 +59,8 @@ class Batches:
         self.config = config
         self.streams = Streams(datasets, config)
         self.timetable = Timetable(config, self.streams, origin)
-        self.timetable.check_epochs()
+        if problem := self.timetable.epochs_problem():
+            raise InputError(problem)
         self._packers = {
             (stretch.phase, stretch.era): self._packer(stretch)
             for stretch in self.timetable.stretches

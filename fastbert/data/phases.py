@@ -166,11 +166,6 @@ class Timetable:
         examples = sum(self._streams.epoch(i, batch.max_length) for i in self._sources)
         return examples / batch.sequences
 
-    def check_epochs(self) -> None:
-        """Raise InputError where the planned run uses a source more often than it may."""
-        if problem := self.epochs_problem():
-            raise InputError(problem)
-
     def epochs_problem(self) -> str | None:
         """Return which source the planned run uses more often than it may, and what to change."""
         bounded = [(i, s) for i, s in enumerate(self.config.sources) if s.epochs]
@@ -189,12 +184,12 @@ class Timetable:
                 continue
             fits = source.epochs / used[i]
             share = self._streams.quotas(self.config)[i] / BLOCK
-            advice = f"lower its weight or the length of the run to {fits:.0%} of what they are"
-            if not any(phase.weights for phase in self.config.phase):
-                advice = (
-                    f"about a share of {share * fits:.3g} of the examples would fit, or a run of "
-                )
-                advice += f"{int(end * fits):,} steps"
+            advice = (
+                f"about a share of {share * fits:.3g} of the examples would fit, or a run of "
+                f"{int(end * fits):,} steps"
+            )
+            if any(phase.weights for phase in self.config.phase):
+                advice = f"lower its weight or the length of the run to {fits:.0%} of what they are"
             return (
                 f"data: the run of {end:,} steps would use {source.path}, with a share of "
                 f"{share:.3g} of the examples, for {used[i]:.3g} epochs, and it may be used for "
