@@ -10,7 +10,6 @@ import platform
 import shutil
 from dataclasses import dataclass
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 from fastbert.machine import (
@@ -69,12 +68,8 @@ class Diagnosis:
     advice: list[str]
 
 
-def diagnose(folder: Path = Path()) -> Diagnosis:
-    """Inspect and measure this machine.
-
-    Args:
-        folder: free disk space is measured where this folder is.
-    """
+def diagnose() -> Diagnosis:
+    """Inspect and measure this machine, and the disk of the current folder."""
     versions = {package: _version(package) for package in PACKAGES}
     tools = {tool: shutil.which(tool) for tool in ("g++", "ninja", "nvidia-smi")}
     memory, free = memory_sizes()
@@ -93,7 +88,7 @@ def diagnose(folder: Path = Path()) -> Diagnosis:
         "threads": threads,
         "memory": memory,
         "memory_free": free,
-        "disk_free": shutil.disk_usage(folder).free,
+        "disk_free": shutil.disk_usage(".").free,
         "system": platform.platform(),
         "python": platform.python_version(),
         "versions": versions,

@@ -41,17 +41,11 @@ MOST_PROCESSES = 8
 
 @dataclass(frozen=True)
 class Bf16Probe:
-    """What became of matrix products with operands in bf16 on this processor.
+    """What became of matrix products with operands in bf16 on this processor."""
 
-    Attributes:
-        right: they have the right values, and the process survives them.
-        gain: their rate over that of fp32, with the conversions; 0 where it was not measured.
-        why: a clause on the result, for messages.
-    """
-
-    right: bool
-    gain: float
-    why: str
+    right: bool  # they have the right values, and the process survives them
+    gain: float  # their rate over that of fp32, with the conversions; 0 where it was not measured
+    why: str  # a clause on the result, for messages
 
     @property
     def pays(self) -> bool:

@@ -11,9 +11,9 @@ import numpy as np
 from fastbert.data.dataset import TokenDataset, open_dataset
 from fastbert.data.format_2 import FORMAT, other_files
 from fastbert.data.manifest import SPLITS, token_dtype
-from fastbert.data.shards import ShardWriter
 from fastbert.durable import sealed, sha256_of
 from tests.block_dataset import text_of
+from tests.shard_writer import ShardWriter
 
 
 def in_format_2(dataset: TokenDataset, out: Path) -> TokenDataset:

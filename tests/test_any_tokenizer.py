@@ -76,7 +76,7 @@ def test_ids_are_those_of_transformers(folders: dict[str, Path], tmp_path: Path,
     kept = [i for i, text in enumerate(texts) if text.strip() == text and split_sentences(text)]
     encoded = encode(ours, [texts[i] for i in kept])
     assert encoded.ids.tolist() == [token for i in kept for token in wanted[i]]
-    assert (TextEncoder(ours).problem is None) == KINDS[kind][1]
+    assert (Cuts(ours).problem is None) == KINDS[kind][1]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -243,10 +243,10 @@ def test_cuts_are_made(folders: dict[str, Path], kind: str) -> None:
 
 
 def test_an_unknown_way_of_splitting_is_not_cut(folders: dict[str, Path]) -> None:
-    """There a cut would change ids, so it is not made, and the encoder says why."""
+    """There a cut would change ids, so it is not made, and Cuts says why."""
     tokenizer = load_tokenizer(folders["unknown_pattern"])
-    encoder = TextEncoder(tokenizer)
-    assert encoder.problem is not None and "pattern" in encoder.problem
+    problem = Cuts(tokenizer).problem
+    assert problem is not None and "pattern" in problem
     parts = ["one", " two"]
     apart = [
         token for part in parts for token in tokenizer.encode(part, add_special_tokens=False).ids

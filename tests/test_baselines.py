@@ -12,8 +12,8 @@ from fastbert.data.baselines import measure
 from fastbert.data.dataset import TokenDataset
 from fastbert.data.manifest import token_dtype
 from fastbert.data.shard_split import ShardSplit
-from fastbert.data.shards import ShardWriter
 from fastbert.data.split import Split
+from tests.shard_writer import ShardWriter
 
 
 def split_of(folder: Path, documents: np.ndarray) -> Split:

@@ -117,7 +117,7 @@ def test_an_epoch_gives_every_example_once_even_where_it_ends_within_a_step(data
     assert np.bincount(drawn[: n // 32 * 32], minlength=n).max() == 1
     counts = np.bincount(drawn, minlength=n)
     assert set(counts[: 2 * n % 32]) <= {2, 3} and counts.min() >= 2
-    assert batches.steps_per_epoch == n / 32
+    assert batches.timetable.steps_per_epoch == n / 32
     assert batches.timetable.epochs(0) == [0] and batches.timetable.epochs(5) == [5 * 32 / n]
 
 

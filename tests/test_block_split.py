@@ -67,8 +67,6 @@ def test_blocks_read_as_one(tmp_path_factory, pieces, per_shard, vocab_size, wor
         two = np.stack([indices, indices])
         assert np.array_equal(read(two), expected[two])
     indices = draw.permutation(len(sentences))
-    owners = np.repeat(np.arange(len(documents)), [len(document) for document in documents])
-    assert split.document_of(indices).tolist() == owners[indices].tolist()
     spans = first_token[indices], np.diff(first_token)[indices]
     found, expected = split.gather(*spans), [t for i in indices for t in sentences[i]]
     assert found.tolist() == expected and found.dtype == np.int64
@@ -90,7 +88,6 @@ def test_more_than_256_sentences_and_65536_tokens_in_a_block(tmp_path):
     split = BlockSplit(blocks_of(tmp_path, texts, 1000))
     assert split.first_token(np.arange(3001)).tolist() == [0, *np.cumsum(lengths).tolist()]
     assert split.first_sentence(np.arange(31)).tolist() == list(range(0, 3001, 100))
-    assert split.document_of(np.arange(3000)).tolist() == (np.arange(3000) // 100).tolist()
     tokens = np.concatenate([ids for ids, *_ in texts])
     starts = split.first_token(np.arange(3000))
     assert np.array_equal(split.gather(starts, lengths), tokens)

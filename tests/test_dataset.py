@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from fastbert.data.dataset import TokenDataset, open_dataset
 from fastbert.data.manifest import token_dtype
 from fastbert.data.shard_split import ShardSplit
-from fastbert.data.shards import ShardWriter
 from fastbert.durable import sealed, sha256_of
 from fastbert.errors import InputError
+from tests.shard_writer import ShardWriter
 
 documents_of_sentences = st.lists(
     st.lists(st.lists(st.integers(0, 999), min_size=1, max_size=5), min_size=1, max_size=4),
@@ -69,8 +69,6 @@ def test_shards_read_as_one(
         assert read(indices).tolist() == expected[indices].tolist()
         assert read(indices).dtype == np.int64
     indices = order(len(sentences))
-    owners = np.repeat(np.arange(len(documents)), [len(document) for document in documents])
-    assert split.document_of(indices).tolist() == owners[indices].tolist()
     spans = split.gather(first_token[indices], np.diff(first_token)[indices])
     assert spans.tolist() == [token for i in indices for token in sentences[i]]
     assert spans.dtype == np.int64

@@ -41,7 +41,6 @@ def everything(split: Split) -> list[list[int]]:
     return [
         split.first_sentence(np.arange(split.documents + 1)).tolist(),
         split.first_token(np.arange(split.sentences + 1)).tolist(),
-        split.document_of(np.arange(split.sentences)).tolist(),
         split.gather(
             *(lambda f: (f[:-1], np.diff(f)))(
                 split.first_token(split.first_sentence(np.arange(split.documents + 1)))

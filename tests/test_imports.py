@@ -352,7 +352,6 @@ def test_what_reads_a_dataset_does_not_know_how_it_is_made():
             "text_encoder",
             "byte_level",
             "encode",
-            "shards",
             "progress",
             "segments",
             "corpus_plan",

@@ -10,15 +10,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fastbert.data.mapped_file import map_file
+from fastbert.data.mapped_file import map_ranges
 from fastbert.data.shard_split import ShardSplit
-from fastbert.data.shards import ShardWriter
+from tests.shard_writer import ShardWriter
 
 U2 = np.dtype("<u2")
 
 
 def mappings(path: Path) -> int:
     return Path("/proc/self/maps").read_text().count(str(path))
+
+
+def map_file(path: Path, dtype: np.dtype, length: int) -> np.ndarray:
+    size = length * dtype.itemsize
+    return map_ranges([(path, 0, size)], np.array([0, size])).view(dtype)
 
 
 @pytest.fixture
@@ -68,5 +73,5 @@ def test_a_split_of_more_shards_than_descriptors(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
     assert tokens.tolist() == [0, 1, 7, 299, 300, 1]
-    assert split.document_of(np.array([599, 0, 3])).tolist() == [299, 0, 1]
+    assert split.first_sentence(np.array([300, 299, 1])).tolist() == [600, 598, 2]
     assert split.first_token(np.array([600, 1, 2])).tolist() == [900, 2, 3]

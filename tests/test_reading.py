@@ -56,7 +56,7 @@ def test_bytes_before_the_first_step_are_those_that_are_read(dataset, monkeypatc
     batches = Batches(dataset, config)
     # What is opened ahead of the second window is not read before the first step.
     monkeypatch.setattr("fastbert.data.window_order._Ahead", lambda *_: None)
-    batches.open(0)
+    batches.draw(0)
     if blocks == 10_000:
         assert expected.windows == 1 and sum(seen) == expected.first == expected.total
         assert expected.cache == expected.window

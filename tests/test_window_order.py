@@ -99,7 +99,8 @@ def test_every_pair_of_an_epoch_once_and_wrong_ones_from_other_documents(blocks)
     assert np.array_equal(follows, drawn.labels == 0)
     assert 0.4 < follows.mean() < 0.6
     sentence = np.searchsorted(starts, np.stack([last_of_a, first_of_b])[:, ~follows], "right") - 1
-    a, b = whole.document_of(sentence)
+    first = whole.first_sentence(np.arange(whole.documents))
+    a, b = np.searchsorted(first, sentence, "right") - 1
     assert (a != b).all()
 
 
@@ -146,7 +147,7 @@ def test_one_window_is_the_global_order(small_dataset, tmp_path):
     config = RunConfig(data="", batch=BatchConfig(sequences=32))
     old, new = (Batches(dataset, config) for dataset in (small_dataset, copy))
     assert old.examples_per_epoch == new.examples_per_epoch
-    for step in (0, 1, int(old.steps_per_epoch), 1000):
+    for step in (0, 1, int(old.timetable.steps_per_epoch), 1000):
         a, b = (packed.step(step) for packed in (old, new))
         assert [vars(p).keys() for p in a] == [vars(p).keys() for p in b]
         for mine, theirs in zip(a, b, strict=True):
@@ -164,12 +165,12 @@ def test_resuming_across_borders_of_windows(small_dataset, tmp_path):
     )
     windows = copy.windows(config.order.window)
     whole = Batches(copy, config)
-    steps = int(2.2 * whole.steps_per_epoch)
+    steps = int(2.2 * whole.timetable.steps_per_epoch)
     assert 4 <= windows and steps > 2 * windows
     kept = [[pack.input_ids.tolist() for pack in whole.step(step)] for step in range(steps)]
     for first in range(0, steps, 3):
         later = Batches(copy, config)
-        later.open(first)
+        later.draw(first)
         for step in range(first, min(first + 3, steps)):
             assert [pack.input_ids.tolist() for pack in later.step(step)] == kept[step]
     # Ranks share the examples of a step in windows as they do without.

@@ -10,7 +10,6 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -18,7 +17,7 @@ import pytest
 
 from fastbert.data.documents import Chunk, parse
 from fastbert.data.sources import Source
-from fastbert.data.vocabulary import VocabularyTrainer
+from fastbert.data.vocabulary import train_tokenizer
 from fastbert.data.workers import REPORT_EVERY_S, apply_in_child, map_in_order
 from fastbert.errors import InputError
 
@@ -161,6 +160,10 @@ def dying():
     return os._exit
 
 
+def training():
+    return lambda text: train_tokenizer([text.decode()], 5000).to_str()
+
+
 class Stop(Exception):
     pass
 
@@ -173,22 +176,17 @@ def test_a_signal_ends_the_training_of_a_vocabulary_at_once() -> None:
 
     before = psutil.Process().children()
     bases = os.urandom(40 << 20).translate(b"acgt" * 64)  # minutes of training
-    chunk = Chunk(Source(Path("a.txt"), "txt", ""), bases, 1, 0, 0)
     old = signal.signal(signal.SIGALRM, stop)
     signal.setitimer(signal.ITIMER_REAL, 2)
     begin = time.monotonic()
     try:
         with pytest.raises(Stop):
-            apply_in_child(
-                VocabularyTrainer, ("text", False, "wordpiece", 5000, True, False), [chunk]
-            )
+            apply_in_child(training, (), bases)
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, old)
     assert no_worker_left(before)
     interrupted = time.monotonic() - begin
     begin = time.monotonic()
-    VocabularyTrainer("text", False, "wordpiece", 5000, True, False)(
-        [replace(chunk, data=bases[: 1 << 20])]
-    )
+    training()(bases[: 1 << 20])
     assert interrupted < 40 * (time.monotonic() - begin)

@@ -14,8 +14,8 @@ from fastbert.data.block_table import COUNTS
 from fastbert.data.dataset import TokenDataset
 from fastbert.data.manifest import Counts, token_dtype
 from fastbert.data.shard_split import ShardSplit
-from fastbert.data.shards import ShardWriter
 from fastbert.data.split import Split
+from tests.shard_writer import ShardWriter
 
 SHARD_TOKENS = 200  # so that a few documents already make several shards
 

@@ -7,8 +7,6 @@ shard-KEY-00000.npz                     its table of blocks, its counts, and the
 
 from __future__ import annotations
 
-import hashlib
-import mmap
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,8 +16,9 @@ from typing import Any, TypeVar
 import numpy as np
 from tokenizers import Tokenizer
 
+from fastbert.data.block_table import Blocks
 from fastbert.data.block_writer import BlockWriter
-from fastbert.data.blocks import BLOCK, layout
+from fastbert.data.blocks import BLOCK
 from fastbert.data.encode import Documents
 from fastbert.data.format_3 import HELDOUT_HASHES
 from fastbert.data.job import Job
@@ -37,22 +36,14 @@ TRAIN, HELDOUT = 0, 1  # as in dataset.SPLITS
 
 @dataclass(frozen=True)
 class Shard:
-    """A shard of training text, and what was held out beside it.
+    """A shard of training text, and what was held out beside it."""
 
-    Attributes:
-        size: bytes of the file.
-        table: BLOCK [blocks].
-        heldout: the documents that are held out.
-        heldout_hashes: uint64, of these.
-        facts, arrays: of CorpusStats.
-    """
-
-    size: int
-    table: np.ndarray
+    size: int  # bytes of the file
+    table: np.ndarray  # BLOCK [blocks]
     heldout: Documents
-    heldout_hashes: np.ndarray
-    facts: dict[str, Any]
-    arrays: dict[str, np.ndarray]
+    heldout_hashes: np.ndarray  # uint64, of the documents that are held out
+    facts: dict[str, Any]  # of CorpusStats
+    arrays: dict[str, np.ndarray]  # of CorpusStats
 
 
 class Assembler:
@@ -177,7 +168,7 @@ def _count(stats: CorpusStats, train: Documents, heldout: Documents) -> None:
 
 
 def is_assembled(job: Job, number: int, verify: bool) -> bool:
-    """Whether a shard is there, and with `verify` whether every block has its SHA-256."""
+    """Whether a shard is there, and with `verify` whether no block is damaged."""
     shard = read_shard(job, number)
     path = job.part / f"train-{number:05d}"
     if shard is None or not path.exists() or path.stat().st_size != shard.size:
@@ -185,16 +176,10 @@ def is_assembled(job: Job, number: int, verify: bool) -> bool:
     if not verify or not shard.size:
         return True
     tokenizer = Tokenizer.from_str(job.tokenizer)
-    width = token_dtype(tokenizer.get_vocab_size()).itemsize
-    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as data:
-        for entry in shard.table:
-            documents, sentences, tokens = entry["documents"], entry["sentences"], entry["tokens"]
-            counts = int(documents), int(sentences), int(tokens)
-            size = layout(*counts, width, not is_bert(tokenizer)).size
-            begin = int(entry["offset"])
-            if hashlib.sha256(data[begin : begin + size]).digest() != entry["sha256"].tobytes():
-                return False
-    return True
+    size, parts = tokenizer.get_vocab_size(), np.full(len(shard.table), job.part_number)
+    width, words = token_dtype(size).itemsize, not is_bert(tokenizer)
+    blocks = Blocks(job.dataset, shard.table, parts, width, words, size)
+    return not any(claim.problem(job.dataset) for claim in blocks.claims())
 
 
 def read_shard(job: Job, number: int) -> Shard | None:

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fastbert.data.split import Split
+from fastbert.data.split import Split, positions
 from fastbert.machine import usable_cores
 
 HIDDEN = 0.15 * 0.8  # mask_rate * mask_token of the default objective
@@ -306,8 +306,7 @@ class _Conditional:
         """
         first = self._first[self._index(contexts)]
         lengths = self.seen(contexts)
-        ends = np.cumsum(lengths)
-        return np.arange(ends[-1]) + np.repeat(first - (ends - lengths), lengths), lengths
+        return positions(first, lengths), lengths
 
     def _index(self, contexts: np.ndarray) -> np.ndarray:
         at = np.minimum(np.searchsorted(self._contexts, contexts), len(self._contexts) - 1)

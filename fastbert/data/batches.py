@@ -59,7 +59,8 @@ class Batches:
         self.config = config
         self.streams = Streams(datasets, config)
         self.timetable = Timetable(config, self.streams, origin)
-        self.timetable.check_epochs()
+        if problem := self.timetable.epochs_problem():
+            raise InputError(problem)
         self._packers = {
             (stretch.phase, stretch.era): self._packer(stretch)
             for stretch in self.timetable.stretches
@@ -76,23 +77,6 @@ class Batches:
         """Examples of all sources together, at the recipe's max_length."""
         length = self.config.batch.max_length
         return sum(self.streams.epoch(i, length) for i in range(len(self.streams)))
-
-    @property
-    def steps_per_epoch(self) -> float:
-        """Steps per epoch, a fraction: the next epoch begins within the step where one ends."""
-        return self.timetable.steps_per_epoch
-
-    def open(self, step: int) -> None:
-        """Open and verify the text that this step needs.
-
-        Raises:
-            InputError: it is damaged.
-        """
-        self.draw(step)
-
-    def sequences(self, step: int) -> int:
-        """Return the number of examples of a step."""
-        return self.timetable.at(step).sequences
 
     def check(self, world: int) -> None:
         """Raise InputError where a step has too few sequences for the ranks.
@@ -132,8 +116,13 @@ class Batches:
         return self.pack(step, spans, Facts(masked, pairs, at_once), rank, world, at_once)
 
     def draw(self, step: int, lane: int = 0, lanes: int = 1) -> Spans:
-        """Return the examples of a lane of a step; see lanes.py."""
-        stretch, first = self._first(step)
+        """Return the examples of a lane of a step, whose text is opened and verified; see lanes.py.
+
+        Raises:
+            InputError: it is damaged.
+        """
+        stretch = self.timetable.at(step)
+        first = stretch.number + (step - stretch.first) * stretch.sequences
         begin, end = (first + stretch.sequences * n // lanes for n in (lane, lane + 1))
         return self._packer_of(step).stream.draw(np.arange(begin, end))
 
@@ -172,11 +161,6 @@ class Batches:
     def _packer_of(self, step: int) -> _Packer:
         stretch = self.timetable.at(step)
         return self._packers[stretch.phase, stretch.era]
-
-    def _first(self, step: int) -> tuple[Stretch, int]:
-        """Return the stretch of a step, and the number of the step's first example there."""
-        stretch = self.timetable.at(step)
-        return stretch, stretch.number + (step - stretch.first) * stretch.sequences
 
 
 def heldout_batches(dataset: TokenDataset, config: RunConfig, sequences: int) -> list[PackedBatch]:

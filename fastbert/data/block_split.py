@@ -11,9 +11,8 @@ import numpy as np
 from fastbert.data.block_table import Blocks
 from fastbert.data.blocks import ALIGNMENT, GROUP
 from fastbert.data.mapped_file import map_ranges
-from fastbert.data.split import positions, running_total
-from fastbert.data.verify import AGAIN
-from fastbert.errors import InputError
+from fastbert.data.split import bits, locate, locate_spans, positions, running_total
+from fastbert.data.verify import reading_part
 
 _GROUP_BITS = GROUP.bit_length() - 1
 
@@ -34,13 +33,8 @@ class BlockSplit:
         at = blocks.layout
         aligned = -(-at.size // ALIGNMENT) * ALIGNMENT
         places = running_total(aligned)
-        try:
+        with reading_part(blocks.folder):
             self._bytes = map_ranges(blocks.ranges(), places)
-        except OSError as error:
-            raise InputError(
-                f"{error.filename}: part of the dataset, but cannot be read "
-                f"({error.strerror}); {AGAIN}"
-            ) from None
         self._u2, self._u4 = self._bytes.view("<u2"), self._bytes.view("<u4")
         self._tokens = self._bytes.view(f"<u{blocks.width}")
         # Where each block begins in the numbering of the split; the last entry is the total.
@@ -59,56 +53,19 @@ class BlockSplit:
         self._token_at = (begin + at.ids) // blocks.width
 
     def first_sentence(self, documents: np.ndarray) -> np.ndarray:
-        block, local = _locate(documents, self._document_base)
+        block, local = locate(documents, self._document_base)
         return self._u4[self._document_at[block] + local] + self._sentence_base[block]
 
     def first_token(self, sentences: np.ndarray) -> np.ndarray:
-        block, local = _locate(sentences, self._sentence_base)
+        block, local = locate(sentences, self._sentence_base)
         group = self._u4[self._group_at[block] + (local >> _GROUP_BITS)]
         return self._u2[self._sentence_at[block] + local] + (group + self._token_base[block])
 
-    def document_of(self, sentences: np.ndarray) -> np.ndarray:
-        sentences = np.asarray(sentences, np.int64)
-        block, local = _locate(sentences, self._sentence_base)
-        assert sentences.size == 0 or sentences.max() < self.sentences
-        at = self._document_at[block]
-        # Bisection for the last document that begins at or before the sentence.
-        bottom = np.zeros_like(local)
-        top = self._document_base[block + 1] - self._document_base[block] - 1
-        while (bottom < top).any():
-            middle = (bottom + top + 1) >> 1
-            begins = self._u4[at + middle] <= local
-            bottom, top = np.where(begins, middle, bottom), np.where(begins, top, middle - 1)
-        return bottom + self._document_base[block]
-
     def gather(self, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-        block, local = self._spans(starts, lengths)
+        block, local = locate_spans(starts, lengths, self._token_base)
         return self._tokens[positions(self._token_at[block] + local, lengths)].astype(np.int64)
 
     def begins_word(self, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
         assert self._word_at is not None, "the tokens of this dataset say where words begin"
-        block, local = self._spans(starts, lengths)
-        bit = positions(8 * self._word_at[block] + local, lengths)
-        return (self._bytes[bit >> 3] >> (7 - (bit & 7)).astype(np.uint8) & 1).astype(bool)
-
-    def _spans(
-        self, starts: np.ndarray, lengths: np.ndarray
-    ) -> tuple[np.ndarray | int, np.ndarray]:
-        """Return the block of each span, and its first token within the block."""
-        block, local = _locate(starts, self._token_base)
-        ends = self._token_base[block] + local + lengths
-        assert np.all(ends <= self._token_base[block + 1])
-        return block, local
-
-
-def _locate(indices: np.ndarray, base: np.ndarray) -> tuple[np.ndarray | int, np.ndarray]:
-    """Return the block of each index, and the index within it; of a single block just 0.
-
-    The index one past the end is that of the last block.
-    """
-    indices = np.asarray(indices, np.int64)
-    assert indices.size == 0 or (indices.min() >= 0 and indices.max() <= base[-1])
-    if len(base) == 2:
-        return 0, indices
-    block = np.minimum(np.searchsorted(base, indices, "right") - 1, len(base) - 2)
-    return block, indices - base[block]
+        block, local = locate_spans(starts, lengths, self._token_base)
+        return bits(self._bytes, positions(8 * self._word_at[block] + local, lengths))

@@ -20,25 +20,15 @@ from fastbert.data.verify import Claim
 
 @dataclass(frozen=True)
 class Blocks:
-    """Blocks in an order.
+    """Blocks in an order."""
 
-    Attributes:
-        folder: of the dataset.
-        entries: `blocks.BLOCK` [N], N at least 1.
-        parts: int64 [N], the part of the dataset that each block is in.
-        width: bytes of a token id.
-        words: whether blocks say where words begin.
-        vocab: the size of the vocabulary.
-        remote: what fetches the blocks where they may not be on this machine yet.
-    """
-
-    folder: Path
-    entries: np.ndarray
-    parts: np.ndarray
-    width: int
-    words: bool
-    vocab: int
-    remote: RemoteBlocks | None = None
+    folder: Path  # of the dataset
+    entries: np.ndarray  # `blocks.BLOCK` [N], N at least 1
+    parts: np.ndarray  # int64 [N], the part of the dataset that each block is in
+    width: int  # bytes of a token id
+    words: bool  # whether blocks say where words begin
+    vocab: int  # the size of the vocabulary
+    remote: RemoteBlocks | None = None  # fetches blocks that may not be on this machine yet
 
     def __len__(self) -> int:
         return len(self.entries)

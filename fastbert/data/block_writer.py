@@ -38,20 +38,19 @@ class BlockWriter:
         self._bytes += len(documents.tokens) * self._dtype.itemsize
         if self._bytes < BLOCK_BYTES:
             return
-        whole = _joined(self._waiting)
+        whole = Documents.join(self._waiting)
         while self._bytes >= BLOCK_BYTES:
-            ends = np.cumsum(whole.sentences)[np.cumsum(whole.documents) - 1]
-            ends *= self._dtype.itemsize
-            number = int(np.searchsorted(ends, BLOCK_BYTES)) + 1
-            block, whole = _divided(whole, number)
-            self._write(block)
+            last = np.searchsorted(whole.ends * self._dtype.itemsize, BLOCK_BYTES)
+            first = np.arange(len(whole.documents)) <= last
+            self._write(whole.chosen(first))
+            whole = whole.chosen(~first)
             self._bytes = len(whole.tokens) * self._dtype.itemsize
         self._waiting = [whole] if len(whole.documents) else []
 
     def close(self) -> np.ndarray:
         """Finish the file; return the table of its blocks, BLOCK [blocks]."""
         if self._bytes:
-            self._write(_joined(self._waiting))
+            self._write(Documents.join(self._waiting))
         self._file.close()
         return np.array(self._entries, self._entries[0].dtype if self._entries else BLOCK)
 
@@ -64,36 +63,3 @@ class BlockWriter:
         entry["offset"] = self._file.tell()
         self._file.write(data.data)
         self._entries.append(entry)
-
-
-def _joined(parts: list[Documents]) -> Documents:
-    if len(parts) == 1:
-        return parts[0]
-    begins = [part.begins_word for part in parts if part.begins_word is not None]
-    return Documents(
-        np.concatenate([part.tokens for part in parts]),
-        np.concatenate([part.sentences for part in parts]),
-        np.concatenate([part.documents for part in parts]),
-        np.concatenate(begins) if begins else None,
-    )
-
-
-def _divided(whole: Documents, number: int) -> tuple[Documents, Documents]:
-    """Return the first `number` documents, and the others."""
-    sentences = int(whole.documents[:number].sum())
-    tokens = int(whole.sentences[:sentences].sum())
-    words = whole.begins_word
-    return (
-        Documents(
-            whole.tokens[:tokens],
-            whole.sentences[:sentences],
-            whole.documents[:number],
-            None if words is None else words[:tokens],
-        ),
-        Documents(
-            whole.tokens[tokens:],
-            whole.sentences[sentences:],
-            whole.documents[number:],
-            None if words is None else words[tokens:],
-        ),
-    )

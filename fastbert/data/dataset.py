@@ -24,7 +24,7 @@ from fastbert.data.block_table import COUNTS, Blocks
 from fastbert.data.manifest import MANIFEST, Counts, SpecialIds
 from fastbert.data.remote_dataset import fetch_dataset
 from fastbert.data.split import Split
-from fastbert.data.verify import AGAIN, Claim, verify_files
+from fastbert.data.verify import AGAIN, Claim, reading_part, verify_files
 from fastbert.durable import unsealed
 from fastbert.errors import InputError
 from fastbert.presence import is_folder
@@ -203,12 +203,8 @@ def open_dataset(path: str | Path, verify: bool = True) -> TokenDataset:
         raise InputError(f"{path / MANIFEST}: {problem}; {again}")
     for name, entry in manifest["files"].items():
         file = path / name
-        try:
+        with reading_part(file):
             size = file.stat().st_size
-        except OSError as error:
-            raise InputError(
-                f"{file}: part of the dataset, but cannot be read ({error.strerror}); {AGAIN}"
-            ) from None
         if size != entry["size"]:
             raise InputError(
                 f"{file}: {size:,} bytes, the manifest says {entry['size']:,}: "

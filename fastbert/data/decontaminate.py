@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from fastbert.data.copies import distinct
 from fastbert.data.documents import parse, read_chunks
 from fastbert.data.encode import ChunkEncoder, Documents, mix
 from fastbert.data.rows import as_text, read_values
@@ -75,8 +76,7 @@ def grams_of(texts: Iterable[str], encoder: ChunkEncoder) -> np.ndarray:
         if len(waiting) == _TEXTS:
             add()
     add()
-    hashes = np.sort(np.concatenate(found))
-    return hashes[np.append(True, hashes[1:] != hashes[:-1])[: len(hashes)]]
+    return distinct(np.concatenate(found))
 
 
 class Shared:
@@ -100,17 +100,12 @@ class Shared:
             hashes, at = hashes[near], at[near]
             place = np.searchsorted(self._grams, hashes).clip(max=len(self._grams) - 1)
             at = at[self._grams[place] == hashes]
-            shared[np.searchsorted(_document_ends(documents), at, "right")] = True
+            shared[np.searchsorted(documents.ends, at, "right")] = True
         return shared
 
 
 def _slots(hashes: np.ndarray) -> np.ndarray:
     return (hashes & np.uint64(_BITS - 1)).astype(np.int64)
-
-
-def _document_ends(documents: Documents) -> np.ndarray:
-    """Return the first token behind each document, int64 [D]."""
-    return np.cumsum(documents.sentences)[np.cumsum(documents.documents) - 1]
 
 
 def _grams(documents: Documents) -> tuple[np.ndarray, np.ndarray]:
@@ -126,7 +121,7 @@ def _grams(documents: Documents) -> tuple[np.ndarray, np.ndarray]:
     hashes = mix((running[GRAM:] - running[:-GRAM]) * inverses[:count])
     inside = np.ones(count, bool)
     # A run that begins in the last GRAM - 1 tokens of a document goes beyond it.
-    ends = _document_ends(documents)
+    ends = documents.ends
     beyond = (ends[:, None] - np.arange(1, GRAM)).ravel()
     inside[beyond[(beyond >= 0) & (beyond < count)]] = False
     at = np.flatnonzero(inside)

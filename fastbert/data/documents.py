@@ -101,11 +101,8 @@ def read_chunks(
             `text_field`, or has a document that is too long.
     """
     for source in sources:
-        try:
-            with open_source(source) as file:
-                yield from READERS[source.format].chunks(source, file, text_field, skip_bad)
-        except OSError as error:
-            raise InputError(f"{source.path}: cannot be read: {error.strerror or error}") from None
+        with open_source(source) as file:
+            yield from READERS[source.format].chunks(source, file, text_field, skip_bad)
 
 
 def parse(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,6 +34,22 @@ class Documents:
     begins_word: np.ndarray | None = None
     # uint64 [S], of `hash_spans`; None where nobody has computed them yet
     sentence_hashes: np.ndarray | None = None
+
+    @property
+    def ends(self) -> np.ndarray:
+        """int64 [D]: the first token behind each document."""
+        return np.cumsum(self.sentences)[np.cumsum(self.documents) - 1]
+
+    @staticmethod
+    def join(parts: Sequence[Documents]) -> Documents:
+        """Return the documents of at least one part, one part after another, without hashes."""
+        begins = [part.begins_word for part in parts if part.begins_word is not None]
+        return Documents(
+            np.concatenate([part.tokens for part in parts]),
+            np.concatenate([part.sentences for part in parts]),
+            np.concatenate([part.documents for part in parts]),
+            np.concatenate(begins) if begins else None,
+        )
 
     def chosen(self, kept: np.ndarray) -> Documents:
         """Return some of the documents; `kept` is bool [D]."""

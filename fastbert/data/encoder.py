@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from tokenizers import Encoding, Tokenizer
 
+from fastbert.data.split import positions
 from fastbert.data.tokenizer import extra_tokens
 
 EXAMPLES = 3  # words that a Losses quotes
@@ -150,12 +151,9 @@ class Encoder:
             **self._lost(text, words, starts, ends),
         )
         bounds = np.frombuffer(self._words.bounds, np.int64)
-        starts = bounds[words]
-        counts = bounds[words + 1] - starts
+        counts = bounds[words + 1] - bounds[words]
+        ids = np.frombuffer(self._words.ids, np.int32)[positions(bounds[words], counts)]
         ends = np.cumsum(counts)
-        total = int(ends[-1]) if len(ends) else 0
-        places = np.arange(total) + np.repeat(starts - (ends - counts), counts)
-        ids = np.frombuffer(self._words.ids, np.int32)[places]
         return Encoded(ids, np.diff(ends[words == _END_INDEX], prepend=0), losses)
 
     def _lost(

@@ -47,26 +47,16 @@ SHORT_SHARE = 0.1
 
 @dataclass(frozen=True)
 class Spans:
-    """The positions of the tokens of B examples in a split, or in several.
+    """The positions of the tokens of B examples in a split, or in several; all int64 [B]."""
 
-    Attributes, all int64 [B]:
-        a_start, a_length: first token of segment A, and its tokens; at least one.
-        b_start, b_length: first token of segment B, and its tokens. The length is 0 where the
-            objective has no pairs, else at least one.
-        labels: 0 IsNext, 1 NotNext (as in transformers), -100 where the objective has no pairs.
-        keys: the random key of each example, in [0, 2**63): a function of (seed, epoch, index).
-        index: the example's number within its epoch; in a mixture also its source (mixture.py).
-        split: which of the stream's splits the positions are in; 0 where it has only one.
-    """
-
-    a_start: np.ndarray
-    a_length: np.ndarray
+    a_start: np.ndarray  # the first token of segment A
+    a_length: np.ndarray  # its tokens; at least one
     b_start: np.ndarray
-    b_length: np.ndarray
-    labels: np.ndarray
-    keys: np.ndarray
-    index: np.ndarray
-    split: np.ndarray
+    b_length: np.ndarray  # 0 where the objective has no pairs, else at least one
+    labels: np.ndarray  # 0 IsNext, 1 NotNext (as in transformers), -100 where there are no pairs
+    keys: np.ndarray  # in [0, 2**63): a random function of (seed, epoch, index)
+    index: np.ndarray  # the number within the epoch; in a mixture also the source (mixture.py)
+    split: np.ndarray  # which of the stream's splits the positions are in; 0 where it has only one
 
     @property
     def ordinary(self) -> np.ndarray:

@@ -31,7 +31,7 @@ from fastbert.data.manifest import (
     tokenizer_files,
     vocabulary_problem,
 )
-from fastbert.data.verify import AGAIN, Claim
+from fastbert.data.verify import AGAIN, Claim, reading_part
 from fastbert.errors import InputError
 from fastbert.regular_file import read_bytes
 
@@ -92,7 +92,8 @@ def read_tables(path: Path, manifest: dict[str, Any]) -> dict[str, Blocks]:
     tables = list[np.ndarray]()
     for number, part in enumerate(manifest["parts"]):
         name = f"{part_name(number)}/{TABLE}"
-        data = _read(path / name)
+        with reading_part(path / name):
+            data = read_bytes(path / name)
         if hashlib.sha256(data).hexdigest() != manifest["files"][name]["sha256"]:
             raise InputError(
                 f"{path / name}: its SHA-256 differs from the manifest's: damaged or changed; "
@@ -138,15 +139,6 @@ def _contradiction(table: np.ndarray, splits: dict[str, Any]) -> str:
                     f"the manifest says {splits[split][name]:,}"
                 )
     return ""
-
-
-def _read(file: Path) -> bytes:
-    try:
-        return read_bytes(file)
-    except OSError as error:
-        raise InputError(
-            f"{file}: part of the dataset, but cannot be read ({error.strerror}); {AGAIN}"
-        ) from None
 
 
 def _is_finite(value: Any) -> bool:

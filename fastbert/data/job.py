@@ -36,44 +36,28 @@ class Vocabulary:
 
 @dataclass(frozen=True)
 class Base:
-    """The dataset that a part is added to.
+    """The dataset that a part is added to."""
 
-    Attributes:
-        manifest_sha256: of its manifest.json.
-        parts: how many it has.
-        heldout_below: the smallest bound of its parts.
-    """
-
-    manifest_sha256: str
-    parts: int
-    heldout_below: int
+    manifest_sha256: str  # of its manifest.json
+    parts: int  # how many it has
+    heldout_below: int  # the smallest bound of its parts
 
 
 @dataclass(frozen=True)
 class Job:
-    """What `prepare` is to make.
+    """What `prepare` is to make."""
 
-    Attributes:
-        out: the dataset.
-        plan: the text, divided.
-        text_field: see documents.py.
-        tokenizer_or_vocabulary: a tokenizer as `Tokenizer.to_str` returns it, or what to train.
-        heldout: share of the documents.
-        drop_copies: leave out documents that are copies of an earlier one.
-        without: files of evaluation sets, or ().
-        bad_allowed: how many bad records may be skipped; None: any number. No result depends on it.
-        base: the dataset that a part is added to.
-    """
-
-    out: Path
-    plan: Plan
-    text_field: str
+    out: Path  # the dataset
+    plan: Plan  # the text, divided
+    text_field: str  # see documents.py
+    # A tokenizer as `Tokenizer.to_str` returns it, or what to train.
     tokenizer_or_vocabulary: str | Vocabulary
-    heldout: float
-    drop_copies: bool = False
-    without: Sequence[File] = ()
+    heldout: float  # share of the documents
+    drop_copies: bool = False  # leave out documents that are copies of an earlier one
+    without: Sequence[File] = ()  # evaluation sets
+    # How many bad records may be skipped; None: any number. No result depends on it.
     bad_allowed: int | None = 0
-    base: Base | None = None
+    base: Base | None = None  # the dataset that a part is added to
 
     @property
     def blank_lines(self) -> bool:
@@ -86,9 +70,14 @@ class Job:
         return work_of(self.out)
 
     @property
+    def part_number(self) -> int:
+        """The number of the part that is made."""
+        return self.base.parts if self.base else 0
+
+    @property
     def part_name(self) -> str:
-        """The name of the folder of the part that is made."""
-        return f"part-{self.base.parts if self.base else 0:05d}"
+        """The name of its folder."""
+        return f"part-{self.part_number:05d}"
 
     @property
     def has_vocabulary(self) -> bool:

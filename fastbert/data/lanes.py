@@ -19,17 +19,11 @@ MOST_RANKS = 64
 
 @dataclass(frozen=True)
 class Facts:
-    """What the packs of one rank depend on besides its own examples.
+    """What the packs of one rank depend on besides its own examples."""
 
-    Attributes:
-        masked: masked tokens of the step.
-        pairs: examples of the step that are pairs.
-        packs: packs of each rank.
-    """
-
-    masked: int
-    pairs: int
-    packs: int
+    masked: int  # masked tokens of the step
+    pairs: int  # examples of the step that are pairs
+    packs: int  # of each rank
 
 
 def lanes_for(world: int, sequences: int) -> int:

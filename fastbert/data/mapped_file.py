@@ -28,35 +28,6 @@ _FAILED = ctypes.c_void_p(-1).value
 _NO_ACCESS, _FIXED, _NORESERVE = 0, 0x10, 0x4000
 
 
-def map_file(path: str | Path, dtype: np.dtype, length: int) -> np.ndarray:
-    """Return the first `length` elements of a file, read-only.
-
-    The file is unmapped when the array, and every view of it, is gone.
-
-    Args:
-        path: at least `length` elements long; reading beyond the end of a file kills the process.
-        dtype: of an element.
-        length: at least 1.
-
-    Raises:
-        OSError: the file cannot be opened or mapped.
-    """
-    size = length * dtype.itemsize
-    file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        if os.fstat(file).st_size < size:
-            raise OSError(f"{path}: shorter than {size:,} bytes")
-        address = _map(None, size, mmap.PROT_READ, mmap.MAP_SHARED, file, 0, path)
-    finally:
-        os.close(file)
-    memory = (ctypes.c_char * size).from_address(address)
-    # Not at the exit of the interpreter: another thread may still read.
-    weakref.finalize(memory, _LIBC.munmap, address, size).atexit = False
-    array = np.frombuffer(memory, dtype)  # pyright: ignore[reportCallIssue, reportArgumentType]
-    array.flags.writeable = False
-    return array
-
-
 def map_ranges(ranges: Sequence[tuple[Path, int, int]], places: np.ndarray) -> np.ndarray:
     """Return ranges of files as one array of bytes, read-only.
 

@@ -31,21 +31,13 @@ STAGES = 16
 
 @dataclass(frozen=True)
 class Phase:
-    """A part of a run.
+    """A part of a run."""
 
-    Attributes:
-        number: counted from 1; the part after the last phase of a recipe has a number too.
-        settings: the recipe's phase; without changes after the last one.
-        config: the resolved settings.
-        first: its first step.
-        end: the step after its last one; None where it lasts until the run stops.
-    """
-
-    number: int
-    settings: PhaseConfig
-    config: RunConfig
-    first: int
-    end: int | None
+    number: int  # counted from 1; the part after the last phase of a recipe has a number too
+    settings: PhaseConfig  # the recipe's phase; without changes after the last one
+    config: RunConfig  # the resolved settings
+    first: int  # its first step
+    end: int | None  # the step after its last one; None where it lasts until the run stops
 
     def share(self, step: int) -> float:
         """How much of the phase is done before this step, 0 to 1. It has an end."""
@@ -56,38 +48,24 @@ class Phase:
 
 @dataclass(frozen=True)
 class Stretch:
-    """Steps with the same settings and batch size.
+    """Steps with the same settings and batch size."""
 
-    Attributes:
-        first: its first step.
-        sequences: examples of a step.
-        number: the number, in its era, of its first example.
-        phase, era: indices of them in the timetable.
-        tokens: how many are expected to come before it, in parts of 1 / RATE_UNIT.
-    """
-
-    first: int
-    sequences: int
-    number: int
-    phase: int
-    era: int
-    tokens: int
+    first: int  # its first step
+    sequences: int  # examples of a step
+    number: int  # the number, in its era, of its first example
+    phase: int  # index in the timetable
+    era: int  # index in the timetable
+    tokens: int  # how many are expected to come before it, in parts of 1 / RATE_UNIT
 
 
 @dataclass(frozen=True)
 class Position:
-    """Where in the data a run stands after a number of steps; a branch of the run begins there.
+    """Where in the data a run stands after a number of steps; a branch of the run begins there."""
 
-    Attributes:
-        step: steps done.
-        tokens: as in `Stretch`.
-        era, number: the number that its next example has in its era.
-    """
-
-    step: int
-    tokens: int
+    step: int  # steps done
+    tokens: int  # as in `Stretch`
     era: Era
-    number: int
+    number: int  # the number that its next example has in its era
 
     def dump(self) -> dict[str, Any]:
         """Convert to JSON."""
@@ -188,11 +166,6 @@ class Timetable:
         examples = sum(self._streams.epoch(i, batch.max_length) for i in self._sources)
         return examples / batch.sequences
 
-    def check_epochs(self) -> None:
-        """Raise InputError where the planned run uses a source more often than it may."""
-        if problem := self.epochs_problem():
-            raise InputError(problem)
-
     def epochs_problem(self) -> str | None:
         """Return which source the planned run uses more often than it may, and what to change."""
         bounded = [(i, s) for i, s in enumerate(self.config.sources) if s.epochs]
@@ -211,12 +184,12 @@ class Timetable:
                 continue
             fits = source.epochs / used[i]
             share = self._streams.quotas(self.config)[i] / BLOCK
-            advice = f"lower its weight or the length of the run to {fits:.0%} of what they are"
-            if not any(phase.weights for phase in self.config.phase):
-                advice = (
-                    f"about a share of {share * fits:.3g} of the examples would fit, or a run of "
-                )
-                advice += f"{int(end * fits):,} steps"
+            advice = (
+                f"about a share of {share * fits:.3g} of the examples would fit, or a run of "
+                f"{int(end * fits):,} steps"
+            )
+            if any(phase.weights for phase in self.config.phase):
+                advice = f"lower its weight or the length of the run to {fits:.0%} of what they are"
             return (
                 f"data: the run of {end:,} steps would use {source.path}, with a share of "
                 f"{share:.3g} of the examples, for {used[i]:.3g} epochs, and it may be used for "

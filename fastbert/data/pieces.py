@@ -41,26 +41,17 @@ _QUOTED = 3  # bad records in an error
 
 @dataclass(frozen=True)
 class Piece:
-    """What is known of an encoded piece without reading its documents.
+    """What is known of an encoded piece without reading its documents."""
 
-    Attributes:
-        sha256: of the documents' file.
-        text: counts.
-        tokens, sentences: of all documents.
-        hashes: uint64 [D], of the text of each document.
-        shared: bool [D]: the document shares text with evaluation sets.
-        lines: line feeds in each segment of the piece, where lines are counted so.
-        bad: the first bad records, as BadRecord takes them, with the number of the segment within
-            the piece in front. Lines are counted from there.
-    """
-
-    sha256: str
+    sha256: str  # of the documents' file
     text: TextStats
-    tokens: int
-    sentences: int
-    hashes: np.ndarray
-    shared: np.ndarray
-    lines: list[int]
+    tokens: int  # of all documents
+    sentences: int  # of all documents
+    hashes: np.ndarray  # uint64 [D], of the text of each document
+    shared: np.ndarray  # bool [D]: the document shares text with evaluation sets
+    lines: list[int]  # line feeds in each segment of the piece, where lines are counted so
+    # The first bad records, as BadRecord takes them, with the number of the segment within the
+    # piece in front. Lines are counted from there.
     bad: list[tuple[int, list[Any]]]
 
 

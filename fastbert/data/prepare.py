@@ -114,24 +114,11 @@ class Options:
 
 
 def prepare(sources: Sequence[str | Path], out: str | Path, **options: Any) -> Report:
-    """Make the dataset `out` from text files and folders.
-
-    Args:
-        sources: files and folders; sources.py lists the formats.
-        out: the dataset's folder; it must not exist yet.
-        options: of `Options`.
-
-    Returns:
-        The report on the data.
-
-    Raises:
-        InputError: something is wrong with the sources, the tokenizer, the options or the disk.
-            Finished work stays in `out`.work, and the next call uses it.
-    """
+    """Make the dataset `out` from text files and folders, as `fastbert.prepare` on a disk."""
     with _started(sources, Path(out), Options(**options)) as run:
         if isinstance(run, Report):
             return run
-        with _alone(run.job.work), _removed_if_nothing_to_add(run.job.work):
+        with _alone(run.job.work):
             return run.finish()
 
 
@@ -235,7 +222,7 @@ class _Run:
                 return f"{out}: all {len(shards):,} shards are there; next, {rerun}"
             if share != 0:
                 return f"{out}: only the last task is missing; run --task 0/{shares}"
-            with _alone(job.work), _removed_if_nothing_to_add(job.work):
+            with _alone(job.work):
                 self._seal(settled)
         remove_work(job.work)
         return f"{out}: ready"
@@ -408,7 +395,10 @@ def _say_what_is_left(work: Path) -> None:
 
 @contextmanager
 def _alone(work: Path) -> Iterator[None]:
-    """Raise InputError where another process finishes the same dataset."""
+    """Raise InputError where another process finishes the same dataset.
+
+    If the block finds nothing in the results to add, they are removed, being of no further use.
+    """
     descriptor = os.open(work, os.O_RDONLY)
     try:
         try:
@@ -418,18 +408,11 @@ def _alone(work: Path) -> Iterator[None]:
         except OSError:
             pass  # a disk without locks
         yield
-    finally:
-        os.close(descriptor)
-
-
-@contextmanager
-def _removed_if_nothing_to_add(work: Path) -> Iterator[None]:
-    """Remove the results if the block finds nothing in them to add: they are of no further use."""
-    try:
-        yield
     except NothingToAdd:
         remove_work(work)
         raise
+    finally:
+        os.close(descriptor)
 
 
 def _check(out: Path, options: Options) -> None:

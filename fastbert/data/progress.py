@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -23,28 +22,22 @@ class Progress:
     """
 
     def __init__(self, size: int, show: bool):
-        self._size, self._bars = size, None
-        # What the lines say: the current part, when it began, bytes done (None: unknown).
-        self._part: tuple[str, float] | None = None
-        self._done: int | None = None
-        self._ended = threading.Event()
-        self._lines = None
-        if show and sys.stderr is not None:
-            self._bars = _bars()
-            if self._bars is None:
-                self._lines = threading.Thread(target=self._print_lines, daemon=True)
+        self._size, self._ended, self._lines = size, threading.Event(), None
+        show = show and sys.stderr is not None
+        # Where bars cannot be redrawn they are not shown, and the lines say where they stand.
+        self._bars = _bars(show)
+        if show and self._bars.disable:
+            self._lines = threading.Thread(target=self._print_lines, daemon=True)
 
     def __enter__(self) -> Progress:
-        if self._bars:
-            self._bars.start()
+        self._bars.start()
         if self._lines:
             self._lines.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._ended.set()
-        if self._bars:
-            self._bars.stop()
+        self._bars.stop()
         if self._lines:
             self._lines.join()
 
@@ -56,52 +49,33 @@ class Progress:
             name: of the work.
             done: bytes whose work was done before.
         """
-        self._done, self._part = done, (name, time.monotonic())
-        task = None
-        if self._bars:
-            task = self._bars.add_task(name, total=self._size, completed=done)
-
-        def advance(size: int) -> None:
-            self._done = (self._done or 0) + size
-            if self._bars and task is not None:
-                self._bars.advance(task, size)
-
-        yield advance
-        if self._bars and task is not None:
-            self._bars.update(task, completed=self._size)
-        self._part = None
+        task = self._bars.add_task(name, total=self._size, completed=done)
+        yield lambda size: self._bars.advance(task, size)
+        self._bars.update(task, completed=self._size)
 
     @contextmanager
     def wait(self, name: str) -> Iterator[None]:
         """Show that work of unknown length is running."""
-        self._done, self._part = None, (name, time.monotonic())
-        task = self._bars.add_task(name, total=None) if self._bars else None
+        task = self._bars.add_task(name, total=None)
         yield
-        if self._bars and task is not None:
-            self._bars.update(task, total=1, completed=1)
-        self._part = None
+        self._bars.update(task, total=1, completed=1)
 
     def _print_lines(self) -> None:
         while not self._ended.wait(LINE_EVERY_S):
-            part, done = self._part, self._done
-            if part is None:
+            task = next(iter(self._bars.tasks[-1:]), None)
+            if task is None or task.finished:
                 continue
-            name, begin = part
-            share = "" if done is None else f", {100 * done / max(self._size, 1):.0f} %"
-            line = f"prepare: {name}{share}, {time.monotonic() - begin:.0f} s"
+            share = "" if task.total is None else f", {task.percentage:.0f} %"
+            line = f"prepare: {task.description}{share}, {task.elapsed or 0:.0f} s"
             try:
                 print(line, file=sys.stderr, flush=True)
             except (OSError, ValueError):
                 return  # its reader is gone
 
 
-def _bars() -> Any:
-    """Return rich's progress bars, or None where they cannot be redrawn."""
+def _bars(show: bool) -> Any:
+    """Return rich's progress bars, disabled where they cannot be redrawn."""
     from rich.console import Console
-
-    console = Console(stderr=True)
-    if not can_redraw(console):
-        return None
     from rich.progress import (
         BarColumn,
         DownloadColumn,
@@ -135,4 +109,5 @@ def _bars() -> Any:
         OfBytes(TransferSpeedColumn()),
         OfBytes(TimeRemainingColumn()),
     )
-    return Progress(*columns, console=console)
+    console = Console(stderr=True)
+    return Progress(*columns, console=console, disable=not (show and can_redraw(console)))

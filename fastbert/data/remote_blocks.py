@@ -30,14 +30,9 @@ _LIBC.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_long, ctypes.c_
 
 @dataclass(frozen=True)
 class Piece:
-    """A block as bytes of a shard.
+    """A block as bytes of a shard."""
 
-    Attributes:
-        name: of the shard within the dataset.
-        offset, size: in bytes.
-    """
-
-    name: str
+    name: str  # of the shard within the dataset
     offset: int
     size: int
 

@@ -84,6 +84,7 @@ class CorpusStats:
         "single_sentence_documents",
         "unknown_tokens",
     )
+    _ARRAYS = ("document_lengths", "sentence_lengths", "sequences", "kept_tokens")
 
     def __init__(self, unknown: int | None = None, bits: int = 0) -> None:
         self._unknown = unknown
@@ -125,23 +126,15 @@ class CorpusStats:
     def to_arrays(self) -> tuple[dict[str, int], dict[str, np.ndarray]]:
         """Return the counts, and the arrays, for a file."""
         facts = {name: getattr(self, name) for name in self._SUMS}
-        arrays = {
-            "document_lengths": self.document_lengths,
-            "sentence_lengths": self.sentence_lengths,
-            "sequences": self.sequences,
-            "kept_tokens": self.kept_tokens,
-            "sentence_hashes": self.sentence_hashes.sample(),
-        }
+        arrays = {name: getattr(self, name) for name in self._ARRAYS}
+        arrays["sentence_hashes"] = self.sentence_hashes.sample()
         return {**facts, "bits": self.sentence_hashes.bits}, arrays
 
     def merge(self, facts: dict[str, int], arrays: dict[str, np.ndarray]) -> None:
         """Add what `to_arrays` returned for other documents."""
-        for name in self._SUMS:
-            setattr(self, name, getattr(self, name) + facts[name])
-        self.document_lengths += arrays["document_lengths"]
-        self.sentence_lengths += arrays["sentence_lengths"]
-        self.sequences += arrays["sequences"]
-        self.kept_tokens += arrays["kept_tokens"]
+        for names, others in ((self._SUMS, facts), (self._ARRAYS, arrays)):
+            for name in names:
+                setattr(self, name, getattr(self, name) + others[name])
         self.sentence_hashes.add(arrays["sentence_hashes"], facts["bits"])
 
 
@@ -245,36 +238,24 @@ class Report:
 
 @dataclass(frozen=True)
 class About:
-    """What a report says besides the counts.
-
-    Attributes:
-        vocab_size: V.
-        asked_vocab_size: the size asked for; None where the tokenizer was given.
-        baselines: in nats, by name.
-        files: how many files were read.
-        blank_lines: whether a blank line ends a document in some of them.
-        unreachable: tokens that no text gives.
-        tokenizer: its algorithm; None for BERT's.
-        duplicates: the share of documents that are copies, and whether it is from a sample.
-        copies: how many documents were left out as copies; None where they are kept.
-        evaluated: how many were left out because evaluation sets share text with them; None where
-            none were given.
-        bad_records: the first records that were left out: "file", "line" (or "row"), "reason".
-        stretches: how many stretches of text a window mixes, each in the order of a source; None
-            where all examples are shuffled together.
-    """
+    """What a report says besides the counts."""
 
     vocab_size: int
-    asked_vocab_size: int | None
-    baselines: dict[str, float]
-    files: int = 1
-    blank_lines: bool = False
-    unreachable: Sequence[str] = ()
-    tokenizer: str | None = None
+    asked_vocab_size: int | None  # the size asked for; None where the tokenizer was given
+    baselines: dict[str, float]  # in nats, by name
+    files: int = 1  # how many were read
+    blank_lines: bool = False  # whether a blank line ends a document in some of them
+    unreachable: Sequence[str] = ()  # tokens that no text gives
+    tokenizer: str | None = None  # its algorithm; None for BERT's
+    # The share of documents that are copies, and whether it is from a sample.
     duplicates: tuple[float, bool] = (0.0, False)
-    copies: int | None = None
+    copies: int | None = None  # documents left out as copies; None where they are kept
+    # Documents left out because evaluation sets share text with them; None where none were given.
     evaluated: int | None = None
+    # The first records that were left out: "file", "line" (or "row"), "reason".
     bad_records: Sequence[dict[str, Any]] = ()
+    # How many stretches of text a window mixes, each in the order of a source; None where all
+    # examples are shuffled together.
     stretches: int | None = None
 
 
@@ -356,7 +337,8 @@ def make_report(stats: CorpusStats, text: TextStats, about: About) -> Report:
     def row(name: str, value: str, wrong: bool = False, advice: str = "") -> Row:
         return Row(name, value, advice if wrong else "")
 
-    rows = [
+    # None where there is nothing to say.
+    rows: list[Row | None] = [
         row(
             "documents",
             f"{documents:,} in {files:,} file{'s' * (files > 1)}"
@@ -389,34 +371,26 @@ def make_report(stats: CorpusStats, text: TextStats, about: About) -> Report:
             "fewer words occur twice than needed for the "
             f"{asked_vocab_size or 0:,} tokens asked for; this is fine, or add text",
         ),
-        *([row("tokenizer", tokenizer)] if tokenizer is not None else []),
-        *(
-            [
-                row(
-                    "stretches of text that a window mixes",
-                    f"{about.stretches:,}",
-                    about.stretches < LEAST_STRETCHES,
-                    "steps will differ more than random ones do if the text changes along a file "
-                    "or from file to file: compressed files are not cut, so unpack them or "
-                    "compress smaller parts; or raise order.window",
-                )
-            ]
-            if about.stretches is not None
-            else []
-        ),
-        *(
-            [
-                row(
-                    "tokens that no text gives",
-                    f"{len(about.unreachable):,}",
-                    len(about.unreachable) > 0,
-                    f"{', '.join(about.unreachable[:5])}: BERT splits at punctuation and ideographs"
-                    " and may lower-case; if you wrote this vocabulary, correct them",
-                )
-            ]
-            if not asked_vocab_size and tokenizer is None
-            else []
-        ),
+        row("tokenizer", tokenizer) if tokenizer is not None else None,
+        row(
+            "stretches of text that a window mixes",
+            f"{about.stretches:,}",
+            about.stretches < LEAST_STRETCHES,
+            "steps will differ more than random ones do if the text changes along a file "
+            "or from file to file: compressed files are not cut, so unpack them or "
+            "compress smaller parts; or raise order.window",
+        )
+        if about.stretches is not None
+        else None,
+        row(
+            "tokens that no text gives",
+            f"{len(about.unreachable):,}",
+            len(about.unreachable) > 0,
+            f"{', '.join(about.unreachable[:5])}: BERT splits at punctuation and ideographs"
+            " and may lower-case; if you wrote this vocabulary, correct them",
+        )
+        if not asked_vocab_size and tokenizer is None
+        else None,
         row(
             "[UNK]" if tokenizer is None else "unknown tokens",
             f"{_percent(figures['unknown_share'])} of tokens, "
@@ -424,19 +398,15 @@ def make_report(stats: CorpusStats, text: TextStats, about: About) -> Report:
             max(figures["unknown_share"], figures["unknown_character_share"]) > 0.01,
             f"the vocabulary does not fit the text; {tokenizer_advice}",
         ),
-        *(
-            [
-                row(
-                    "words of more than 100 characters, cut",
-                    f"{_percent(figures['cut_character_share'])} of characters",
-                    figures["cut_character_share"] > 0.001,
-                    "transformers makes such a word one [UNK]; put spaces into the text, here and "
-                    "where the model is used",
-                )
-            ]
-            if tokenizer is None
-            else []
-        ),
+        row(
+            "words of more than 100 characters, cut",
+            f"{_percent(figures['cut_character_share'])} of characters",
+            figures["cut_character_share"] > 0.001,
+            "transformers makes such a word one [UNK]; put spaces into the text, here and "
+            "where the model is used",
+        )
+        if tokenizer is None
+        else None,
         row(
             "accents and vowel signs dropped",
             f"{_percent(figures['accents_lost']['words'])} of words, "
@@ -469,11 +439,9 @@ def make_report(stats: CorpusStats, text: TextStats, about: About) -> Report:
         )
         if copies is None
         else row("copies of documents, left out", f"{copies:,}"),
-        *(
-            [row("documents with text of evaluation sets, left out", f"{about.evaluated:,}")]
-            if about.evaluated is not None
-            else []
-        ),
+        row("documents with text of evaluation sets, left out", f"{about.evaluated:,}")
+        if about.evaluated is not None
+        else None,
         row(
             "copies of sentences" + sampled,
             _percent(figures["duplicate_sentence_share"]),
@@ -524,7 +492,7 @@ def make_report(stats: CorpusStats, text: TextStats, about: About) -> Report:
             if not name.endswith("tokens")
         ),
     ]
-    return Report(figures, rows)
+    return Report(figures, [row for row in rows if row is not None])
 
 
 # What to do about damage, by kind.

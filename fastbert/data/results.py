@@ -6,7 +6,6 @@ right one. A task that was killed leaves at most a temporary file with a random 
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import hashlib
 import io
@@ -20,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from fastbert.durable import sealed, sync, unsealed
+from fastbert.durable import replacing, sealed, sync, unsealed
 from fastbert.errors import InputError
 
 _DIGEST = 32  # bytes of a SHA-256
@@ -44,14 +43,9 @@ def publish(path: Path, folder: Path | None = None) -> Iterator[Path]:
         folder: of the temporary path, on the same disk; by default that of `path`.
     """
     new = (folder or path.parent) / f".{path.name}.{secrets.token_hex(6)}"
-    try:
+    with replacing(path, new):
         yield new
         sync(new)
-        new.replace(path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            new.unlink()
-        raise
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:

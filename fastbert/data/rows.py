@@ -65,16 +65,13 @@ def read_values(
     Raises:
         InputError: a file that is empty or cannot be read, or what `choose` raises.
     """
-    try:
-        with open_source(source) as file:
-            if source.format == "jsonl":
-                yield from _json_rows(source, file, choose)
-            elif source.format in ("parquet", "arrow"):
-                yield from _column_rows(source, file, choose or list)
-            else:
-                yield from delimited_rows(source, file, choose or list)
-    except OSError as error:
-        raise InputError(f"{source.path}: cannot be read: {error.strerror or error}") from None
+    with open_source(source) as file:
+        if source.format == "jsonl":
+            yield from _json_rows(source, file, choose)
+        elif source.format in ("parquet", "arrow"):
+            yield from _column_rows(source, file, choose or list)
+        else:
+            yield from delimited_rows(source, file, choose or list)
 
 
 def delimited_rows(

@@ -23,6 +23,7 @@ from fastbert.data.block_table import Blocks, windows_of
 from fastbert.data.block_writer import BlockWriter
 from fastbert.data.blocks import BLOCK_BYTES
 from fastbert.data.byte_level import rounded_up
+from fastbert.data.copies import distinct
 from fastbert.data.format_3 import FORMAT, HELDOUT_HASHES, REPORTS, TABLE, read_tables
 from fastbert.data.job import Job, Vocabulary
 from fastbert.data.manifest import MANIFEST, SPLITS, token_dtype
@@ -150,10 +151,9 @@ def _write_heldout(job: Job, shards: list[Shard], dtype: np.dtype) -> np.ndarray
             while waiting and writer.size < SHARD_BYTES:
                 writer.add(waiting.pop(0))
             tables.append(writer.close())
-    hashes = np.sort(np.concatenate([shard.heldout_hashes for shard in shards]))
+    hashes = distinct(np.concatenate([shard.heldout_hashes for shard in shards]))
     with publish(job.part / HELDOUT_HASHES, job.work) as new, open(new, "wb") as file:
-        distinct = hashes[np.append(True, hashes[1:] != hashes[:-1])[: len(hashes)]]
-        np.save(file, distinct.astype("<u8"), allow_pickle=False)
+        np.save(file, hashes.astype("<u8"), allow_pickle=False)
     return np.concatenate([shards[0].table[:0], *tables])
 
 
@@ -298,7 +298,7 @@ def _splits(
 ) -> list[BlockSplit]:
     """Open both splits of all parts, with the new one."""
     size, words = tokenizer.get_vocab_size(), not is_bert(tokenizer)
-    width, number = token_dtype(size).itemsize, job.base.parts if job.base else 0
+    width, number = token_dtype(size).itemsize, job.part_number
     before = read_tables(job.out, old) if old is not None else {}
     result = list[BlockSplit]()
     for split, name in enumerate(SPLITS):

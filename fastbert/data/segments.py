@@ -26,7 +26,7 @@ from fastbert.data.documents import (
     parquet_chunks,
     read_chunks,
 )
-from fastbert.data.sources import Source, open_source
+from fastbert.data.sources import Source, open_source, reading
 from fastbert.data.unpack import (
     LONGEST_TEXT_BYTES,
     check_text,
@@ -52,23 +52,15 @@ _ENDS = {
 
 @dataclass(frozen=True)
 class File:
-    """A source and how it is cut.
+    """A source and how it is cut."""
 
-    Attributes:
-        source: the file; its format is WIKI where it was recognised.
-        size: bytes on disk.
-        stamp: what changes when the file is written again; see storage.py.
-        step: text is cut near multiples of this many bytes; 0 where it is not cut so.
-        groups: Parquet is cut into these groups of rows, from each to the next; () where it is not.
-        places: where each of these begins in the file, in bytes, by their sizes.
-    """
-
-    source: Source
-    size: int
-    stamp: str
-    step: int = 0
+    source: Source  # its format is WIKI where it was recognised
+    size: int  # bytes on disk
+    stamp: str  # what changes when the file is written again; see storage.py
+    step: int = 0  # text is cut near multiples of this many bytes; 0 where it is not cut so
+    # Parquet is cut into these groups of rows, from each to the next; () where it is not.
     groups: tuple[int, ...] = ()
-    places: tuple[int, ...] = ()
+    places: tuple[int, ...] = ()  # where each of these begins in the file, in bytes, by their sizes
 
     @property
     def segments(self) -> int:
@@ -92,26 +84,24 @@ def lay_out(source: Source) -> File:
     Raises:
         InputError: the file is empty, is no text, or cannot be read.
     """
-    try:
+    with reading(source.path):
         size, stamp = storage.stamp(source.path)
-        if size == 0:
-            raise is_empty(source)
-        file = File(source, size, stamp)
-        if file.size <= SEGMENT_BYTES or source.compression:
+    if size == 0:
+        raise is_empty(source)
+    file = File(source, size, stamp)
+    if file.size <= SEGMENT_BYTES or source.compression:
+        return file
+    with open_source(source) as opened:
+        if source.format == "parquet":
+            return _lay_out_parquet(file, opened)
+        if source.format not in _ENDS:
             return file
-        with open_source(source) as opened:
-            if source.format == "parquet":
-                return _lay_out_parquet(file, opened)
-            if source.format not in _ENDS:
-                return file
-            head = opened.read(_HEAD_BYTES)
-            if packed_as(head):
-                return file
-            check_text(source.path, head)
-            if b"\n" not in head and has_old_line_ends(head + opened.read(SEGMENT_BYTES)):
-                return file
-    except OSError as error:
-        raise InputError(f"{source.path}: cannot be read: {error.strerror or error}") from None
+        head = opened.read(_HEAD_BYTES)
+        if packed_as(head):
+            return file
+        check_text(source.path, head)
+        if b"\n" not in head and has_old_line_ends(head + opened.read(SEGMENT_BYTES)):
+            return file
     if source.format == "txt" and begins_wiki(head):
         source = replace(source, format=WIKI)
     return replace(file, source=source, step=SEGMENT_BYTES)
@@ -140,10 +130,8 @@ def _lay_out_parquet(file: File, opened: BufferedReader) -> File:
 
 def check_unchanged(file: File) -> None:
     """Raise InputError where a file is not what it was when `lay_out` saw it."""
-    try:
+    with reading(file.source.path):
         found = storage.stamp(file.source.path)
-    except OSError as error:
-        raise InputError(f"{file.source.path}: cannot be read: {error.strerror}") from None
     if found != (file.size, file.stamp):
         raise InputError(
             f"{file.source.path}: changed while it was read; start again when nothing writes to it"
@@ -161,16 +149,12 @@ def read_segment(
     if not file.step and not file.groups:
         yield from read_chunks([file.source], text_field, skip_bad)
         return
-    try:
-        with open_source(file.source) as opened:
-            if file.groups:
-                groups = range(file.groups[number], file.groups[number + 1])
-                yield from parquet_chunks(file.source, opened, text_field, groups)
-            else:
-                yield from _read_text(file, number, opened)
-    except OSError as error:
-        path = file.source.path
-        raise InputError(f"{path}: cannot be read: {error.strerror or error}") from None
+    with open_source(file.source) as opened:
+        if file.groups:
+            groups = range(file.groups[number], file.groups[number + 1])
+            yield from parquet_chunks(file.source, opened, text_field, groups)
+        else:
+            yield from _read_text(file, number, opened)
 
 
 def _read_text(file: File, number: int, opened: BufferedReader) -> Iterator[Chunk]:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from fastbert.data.copies import Seen
+from fastbert.data.copies import Seen, distinct
 from fastbert.data.job import Job
 from fastbert.data.manifest import token_dtype
 from fastbert.data.pieces import LISTED, Piece, read_piece, too_many
@@ -32,29 +32,18 @@ SHARD_BYTES = 512 << 20
 
 @dataclass(frozen=True)
 class Settled:
-    """What was decided.
+    """What was decided."""
 
-    Attributes:
-        heldout_below: documents with a hash below this one are held out.
-        groups: int64: shard k is made of the pieces from groups[k] to groups[k + 1].
-        first_document: int64: the number of the first document of each piece, and of all.
-        bits: see DuplicateEstimator, for sentences.
-        text: the counts of all pieces.
-        copies: how many documents are left out as copies.
-        evaluated: how many because they share text with evaluation sets.
-        duplicates: the share of copies among documents that stay, and whether it is from a sample.
-        bad: the first bad records.
-    """
-
-    heldout_below: int
-    groups: np.ndarray
-    first_document: np.ndarray
-    bits: int
-    text: TextStats
-    copies: int
-    evaluated: int
+    heldout_below: int  # documents with a hash below this one are held out
+    groups: np.ndarray  # int64: shard k is made of the pieces from groups[k] to groups[k + 1]
+    first_document: np.ndarray  # int64: the number of each piece's first document, and of all
+    bits: int  # see DuplicateEstimator, for sentences
+    text: TextStats  # the counts of all pieces
+    copies: int  # how many documents are left out as copies
+    evaluated: int  # how many because they share text with evaluation sets
+    # The share of copies among documents that stay, and whether it is from a sample.
     duplicates: tuple[float, bool]
-    bad: list[dict[str, Any]]
+    bad: list[dict[str, Any]]  # the first bad records
 
 
 def read_settled(job: Job) -> Settled | None:
@@ -98,7 +87,7 @@ def settle(job: Job, sources: Sequence[str | Path]) -> Settled:
             dropped.append(leave_out)
         kept = hashes[~leave_out]
         estimator.add(kept)
-        smallest = _distinct(np.concatenate([smallest, kept]))[: 4 * LEAST_HELDOUT]
+        smallest = distinct(np.concatenate([smallest, kept]))[: 4 * LEAST_HELDOUT]
         largest = max(largest, int(kept.max(initial=0)))
         counts.append(len(hashes))
         ids.append(piece.tokens * width)
@@ -150,12 +139,6 @@ def _width(job: Job) -> int:
     from tokenizers import Tokenizer
 
     return token_dtype(Tokenizer.from_str(job.tokenizer).get_vocab_size()).itemsize
-
-
-def _distinct(hashes: np.ndarray) -> np.ndarray:
-    """Return the distinct hashes, ascending; np.unique is a slow hash table in numpy 2.4."""
-    hashes = np.sort(hashes)
-    return hashes[np.append(True, hashes[1:] != hashes[:-1])[: len(hashes)]]
 
 
 def _groups(ends: np.ndarray) -> np.ndarray:

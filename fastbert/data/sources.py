@@ -8,6 +8,7 @@ import os
 import shlex
 import stat
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from io import BufferedReader
@@ -66,11 +67,22 @@ class LeftOut:
     reason: str
 
 
-def open_source(source: Source) -> BufferedReader:
-    """Open a file or object. Raises OSError."""
+@contextmanager
+def reading(path: Place) -> Iterator[None]:
+    """Raise InputError where a file or object cannot be read in this block."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror or error}") from None
+
+
+@contextmanager
+def open_source(source: Source) -> Iterator[BufferedReader]:
+    """Open a file or object for a block, which may raise InputError as `reading` does."""
     # A table is read here and there, and all else from front to back.
     ahead = 1 << 20 if source.format == "parquet" else storage.READ_AHEAD
-    return storage.open_reading(source.path, ahead)
+    with reading(source.path), storage.open_reading(source.path, ahead) as file:
+        yield file
 
 
 def find_sources(
@@ -127,7 +139,7 @@ def find_sources(
 def _remote_sources(url: Url, text_format: str | None, left_out: list[LeftOut]) -> list[Source]:
     """Find the objects of a URL: one, those of a folder, or those that match * and ?."""
     folder = url
-    try:
+    with reading(url):
         if any(sign in url.text for sign in "*?"):
             while any(sign in folder.text for sign in "*?"):
                 folder = folder.parent
@@ -139,8 +151,6 @@ def _remote_sources(url: Url, text_format: str | None, left_out: list[LeftOut]) 
         if storage.size(url) is not None:
             return [file_source(url, text_format)]
         names = [entry.name for entry in storage.objects(url)]
-    except OSError as error:
-        raise InputError(f"{url}: cannot be read: {error.strerror or error}") from None
     if not names:
         raise InputError(f"{url}: no such object, and nothing below it")
     datasets = {

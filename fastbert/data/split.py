@@ -33,10 +33,6 @@ class Split(Protocol):
         """
         ...
 
-    def document_of(self, sentences: np.ndarray) -> np.ndarray:
-        """Return the index of the document that each sentence belongs to."""
-        ...
-
     def gather(self, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
         """Return the token ids of many spans, one span after another.
 
@@ -67,3 +63,31 @@ def positions(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
 def running_total(counts: np.ndarray | list[int]) -> np.ndarray:
     """Return where each part begins; the last entry is the total."""
     return np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
+
+
+def locate(indices: np.ndarray, base: np.ndarray) -> tuple[np.ndarray | int, np.ndarray]:
+    """Return the block or shard of each index, and the index within it; of a single one just 0.
+
+    The index one past the end is that of the last block. `base` says where each begins, and ends
+    with the total.
+    """
+    indices = np.asarray(indices, np.int64)
+    assert indices.size == 0 or (indices.min() >= 0 and indices.max() <= base[-1])
+    if len(base) == 2:
+        return 0, indices
+    block = np.minimum(np.searchsorted(base, indices, "right") - 1, len(base) - 2)
+    return block, indices - base[block]
+
+
+def locate_spans(
+    starts: np.ndarray, lengths: np.ndarray, base: np.ndarray
+) -> tuple[np.ndarray | int, np.ndarray]:
+    """Return the block of each span, which lies within it, and its first token there."""
+    block, local = locate(starts, base)
+    assert np.all(base[block] + local + lengths <= base[block + 1])
+    return block, local
+
+
+def bits(data: np.ndarray, places: np.ndarray) -> np.ndarray:
+    """Return bits of an array of bytes, of which the highest of a byte is the first, as bool."""
+    return (data[places >> 3] >> (7 - (places & 7)).astype(np.uint8) & 1).astype(bool)

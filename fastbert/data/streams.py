@@ -22,17 +22,11 @@ RATE_UNIT = BLOCK * SAMPLE  # `Streams.rate` counts tokens in parts of this size
 
 @dataclass(frozen=True)
 class Era:
-    """A part of a run in which the examples form one sequence, with its own numbers from 0.
+    """A part of a run in which the examples form one sequence, with its own numbers from 0."""
 
-    Attributes:
-        max_length: tokens.
-        quotas: examples of each source in a block of the mixture.
-        first: the running number of each source's first example.
-    """
-
-    max_length: int
-    quotas: tuple[int, ...]
-    first: tuple[int, ...]
+    max_length: int  # tokens
+    quotas: tuple[int, ...]  # examples of each source in a block of the mixture
+    first: tuple[int, ...]  # the running number of each source's first example
 
 
 class Streams:

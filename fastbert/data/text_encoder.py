@@ -19,6 +19,7 @@ from tokenizers import Tokenizer
 
 from fastbert.data.cuts import Cuts
 from fastbert.data.encoder import EXAMPLES, REMOVED, Losses
+from fastbert.data.split import positions
 from fastbert.data.token_roles import part_of
 from fastbert.data.tokenizer import special_ids
 
@@ -49,16 +50,11 @@ class TextEncoder:
     There are two differences. A model may know the name of a special token as a piece, and give its
     id for that name in a text: here the name becomes the unknown token, and is counted. A stretch
     of more than a million characters without a place to cut is tokenized in parts.
-
-    Attributes:
-        problem: why words are not looked up, but every document is tokenized as a whole; None where
-            they are.
     """
 
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
         self._cuts = Cuts(tokenizer)
-        self.problem = self._cuts.problem
         special = special_ids(tokenizer, "tokenizer")
         self._unknown = special.unk
         self._control = {special.pad, special.cls, special.sep, special.mask} - {special.unk}
@@ -94,7 +90,7 @@ class TextEncoder:
         bounds = np.frombuffer(self._bounds, np.int64)
         first, counts = bounds[index], bounds[index + 1] - bounds[index]
         running = np.append(0, np.cumsum(counts))
-        place = np.arange(running[-1]) + np.repeat(first - running[:-1], counts)
+        place = positions(first, counts)
         # The characters of all documents are numbered through.
         sizes = np.fromiter(map(len, parts), np.int64, len(parts))
         ends = np.frombuffer(self._ends, np.int32)[place]

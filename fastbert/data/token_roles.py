@@ -29,15 +29,12 @@ _INSTEAD = {"cls": "bos", "sep": "eos"}
 
 @dataclass(frozen=True)
 class TokenRoles:
-    """Which token has which role.
+    """Which token has which role."""
 
-    Attributes:
-        names: the token of each role: pad, cls, sep and mask, and unk where the tokenizer has one.
-            A byte-level tokenizer needs none. cls and sep may be the same token.
-        extra_special: the other tokens that are marked as special, such as the marks of entities.
-    """
-
+    # The token of each role: pad, cls, sep and mask, and unk where the tokenizer has one. A
+    # byte-level tokenizer needs none. cls and sep may be the same token.
     names: dict[str, str]
+    # The other tokens that are marked as special, such as the marks of entities.
     extra_special: tuple[str, ...] = ()
 
 
@@ -47,14 +44,15 @@ def read_settings(folder: Path) -> dict[str, Any]:
     Raises:
         InputError: a file is no JSON object.
     """
-    settings = _read_object(folder / CONFIG)
+    settings = read_object(folder / CONFIG)
     # transformers ignores the older file where the newer one lists the added tokens.
     if "added_tokens_decoder" not in settings:
-        settings = settings | _read_object(folder / OLD_MAP)
+        settings = settings | read_object(folder / OLD_MAP)
     return settings
 
 
-def _read_object(file: Path) -> dict[str, Any]:
+def read_object(file: Path) -> dict[str, Any]:
+    """Return the settings in a file, none where there is no file; raises InputError."""
     if not is_file(file):
         return {}
     try:

@@ -435,15 +435,13 @@ def _from_vocabulary(text: str, file: Path) -> Tokenizer:
             )
         ids[token] = i
     special_ids(Tokenizer(models.WordPiece(ids, unk_token="[UNK]")), file)
-    config_file = file.with_name("tokenizer_config.json")
+    config_file = file.with_name(token_roles.CONFIG)
+    config = token_roles.read_object(config_file)
+    lowercase, accents = config.get("do_lower_case"), config.get("strip_accents")
+    chinese = config.get("tokenize_chinese_chars", True)
     try:
-        config = {}
-        if is_file(config_file):
-            config = json.loads(read_text(config_file))
-        lowercase, accents = config.get("do_lower_case"), config.get("strip_accents")
-        chinese = config.get("tokenize_chinese_chars", True)
         extra = _extra_of_config(config)
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, TypeError, AttributeError) as error:
         raise InputError(
             f"{config_file}: cannot be read as a tokenizer's settings: {error}"
         ) from None
@@ -467,22 +465,10 @@ def _extra_of_config(config: dict[str, Any]) -> list[AddedToken]:
     Raises:
         ValueError, TypeError, AttributeError: it lists them in another way than transformers.
     """
-    by_id = config.get("added_tokens_decoder") or {}
-    listed = [token for _, token in sorted(by_id.items(), key=lambda item: int(item[0]))]
-    for name in ("additional_special_tokens", "extra_special_tokens"):
-        listed += config.get(name) or []
     extra: dict[str, AddedToken] = {}
-    for token in listed:
-        entry = {"content": token} if isinstance(token, str) else dict(token)
-        content = entry.pop("content", None)
-        if not isinstance(content, str) or not content:
-            raise ValueError(f"{token!r} is not a token")
-        flags = {name: entry[name] for name in _FLAGS if name in entry}
-        if not entry.get("special", True):
-            raise ValueError(f"{content!r} is an added token that is not special")
-        if content not in BERT_TOKENS.values():
-            extra.setdefault(content, AddedToken(content, **{"normalized": False, **flags}))
+    for token in token_roles.listed_tokens(config):
+        if not token.special:
+            raise ValueError(f"{token.content!r} is an added token that is not special")
+        if token.content not in BERT_TOKENS.values():
+            extra.setdefault(token.content, token)
     return list(extra.values())
-
-
-_FLAGS = ("single_word", "lstrip", "rstrip", "normalized")

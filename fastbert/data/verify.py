@@ -14,9 +14,9 @@ import secrets
 import stat
 import threading
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from io import RawIOBase
 from pathlib import Path
@@ -48,10 +48,6 @@ class Claim:
     """What the manifest says about a file, or a table about a part of one.
 
     `check`, if given, checks all numbers in order, as `dtype`, of `piece` bytes at a time.
-
-    Attributes:
-        offset: the first byte, for a part of a file.
-        label: names the part in messages; "" for a whole file.
     """
 
     name: str
@@ -59,9 +55,9 @@ class Claim:
     sha256: str
     dtype: np.dtype
     check: NumberCheck | None
-    offset: int = 0
+    offset: int = 0  # the first byte, for a part of a file
     piece: int | None = None
-    label: str = ""
+    label: str = ""  # names the part in messages; "" for a whole file
 
     def problem(self, folder: Path, progress: Progress | None = None) -> str | None:
         """Read the bytes, and return what is wrong with them, or None.
@@ -96,6 +92,18 @@ class Claim:
             record = "table" if self.label else "manifest"
             return f"{where}: its SHA-256 differs from the {record}'s: damaged or changed"
         return wrong and f"{where}: {wrong}"
+
+
+@contextmanager
+def reading_part(file: Path) -> Iterator[None]:
+    """Raise InputError where a part of the dataset cannot be read in this block."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(
+            f"{error.filename or file}: part of the dataset, but cannot be read "
+            f"({error.strerror}); {AGAIN}"
+        ) from None
 
 
 def _fill(file: RawIOBase, buffer: memoryview) -> int:

@@ -1,4 +1,4 @@
-"""Train a vocabulary, by default WordPiece: the same texts always give the same one."""
+"""Train a WordPiece vocabulary: the same texts always give the same one."""
 
 from __future__ import annotations
 
@@ -6,13 +6,12 @@ import functools
 import re
 import sys
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import numpy as np
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 
-from fastbert.data.byte_level import SMALLEST, train_byte_level
-from fastbert.data.documents import Chunk, parse
+from fastbert.data.byte_level import SMALLEST
 from fastbert.data.token_roles import BERT_TOKENS
 from fastbert.data.tokenizer import LONGEST_WORD, assemble
 from fastbert.errors import InputError
@@ -71,40 +70,6 @@ def train_tokenizer(
     trained.train_from_iterator(normalized, trainer)
     ids = trained.get_vocab(with_added_tokens=True)
     return assemble(sorted(ids, key=ids.__getitem__), lowercase, strip_accents)
-
-
-class VocabularyTrainer:
-    """Trains a vocabulary on chunks of text; returns it as `Tokenizer.to_str` does.
-
-    Args:
-        text_field: see documents.py.
-        skip_bad: leave out records that cannot be read, instead of raising InputError.
-        algorithm: of ALGORITHMS.
-        vocab_size: see `train_tokenizer` and `train_byte_level`.
-        lowercase, keep_accents: of WordPiece, see `train_tokenizer`.
-    """
-
-    def __init__(
-        self,
-        text_field: str,
-        skip_bad: bool,
-        algorithm: str,
-        vocab_size: int,
-        lowercase: bool,
-        keep_accents: bool,
-    ):
-        self._text_field, self._skip_bad = text_field, skip_bad
-        self._algorithm, self._options = algorithm, (vocab_size, lowercase, keep_accents)
-
-    def __call__(self, chunks: Sequence[Chunk]) -> str:
-        texts = (
-            text
-            for chunk in chunks
-            for text in parse(chunk, self._text_field, [] if self._skip_bad else None)
-        )
-        if self._algorithm == BPE:
-            return train_byte_level(texts, self._options[0]).to_str()
-        return train_tokenizer(texts, *self._options).to_str()
 
 
 def check_vocab_size(vocab_size: int, algorithm: str = WORDPIECE) -> None:

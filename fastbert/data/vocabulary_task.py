@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from functools import partial
 
+from fastbert.data.byte_level import train_byte_level
 from fastbert.data.corpus_plan import VOCABULARY_BYTES, Part
-from fastbert.data.documents import Chunk
+from fastbert.data.documents import Chunk, parse
 from fastbert.data.job import Job, Vocabulary
 from fastbert.data.results import disk_errors, write_json
 from fastbert.data.segments import check_unchanged, read_segment
-from fastbert.data.vocabulary import VocabularyTrainer
+from fastbert.data.unpack import BadRecord
+from fastbert.data.vocabulary import BPE, train_tokenizer
 from fastbert.data.workers import apply_in_child
 
 Sample = list[tuple[Part, int]]  # segments, and how many bytes to read of each
@@ -26,31 +29,24 @@ def train_vocabulary(job: Job) -> None:
     """
     sample = job.plan.sample()
     if sum(limit for _, limit in sample) < TRAINED_HERE_BYTES:
-        trained = SampleTrainer(job)(sample)
+        trained = train_on_sample(job, sample)
     else:  # so that Ctrl-C ends it at once
-        trained = apply_in_child(SampleTrainer, (job,), sample)
+        trained = apply_in_child(partial, (train_on_sample, job), sample)
     with disk_errors(job.out):
         write_json(job.vocabulary_path, {"tokenizer": trained})
 
 
-class SampleTrainer:
-    """Trains the vocabulary of a job on a sample; returns it as `Tokenizer.to_str` does."""
-
-    def __init__(self, job: Job):
-        self._job = job
-
-    def __call__(self, sample: Sample) -> str:
-        job, options = self._job, self._job.tokenizer_or_vocabulary
-        assert isinstance(options, Vocabulary)
-        trainer = VocabularyTrainer(
-            job.text_field,
-            job.bad_allowed != 0,
-            options.algorithm,
-            options.size,
-            options.lowercase,
-            options.keep_accents,
-        )
-        return trainer(spread(read_sample(job, sample)))
+def train_on_sample(job: Job, sample: Sample) -> str:
+    """Train the vocabulary of a job on a sample; return it as `Tokenizer.to_str` does."""
+    options = job.tokenizer_or_vocabulary
+    assert isinstance(options, Vocabulary)
+    chunks = spread(read_sample(job, sample))
+    skipped = None if job.bad_allowed == 0 else list[BadRecord]()
+    texts = (text for chunk in chunks for text in parse(chunk, job.text_field, skipped))
+    if options.algorithm == BPE:
+        return train_byte_level(texts, options.size).to_str()
+    trained = train_tokenizer(texts, options.size, options.lowercase, options.keep_accents)
+    return trained.to_str()
 
 
 def read_sample(job: Job, sample: Sample) -> Iterator[Chunk]:

@@ -14,7 +14,7 @@ when its window is opened, before an example of it is drawn.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
@@ -31,7 +31,7 @@ from fastbert.data.philox import Purpose
 from fastbert.data.remote_blocks import BEHIND
 from fastbert.data.split import running_total
 from fastbert.data.stream import Epochs, SourceStream, draw_by, read_by
-from fastbert.data.verify import AGAIN, THREADS, Claim
+from fastbert.data.verify import AGAIN, THREADS
 from fastbert.errors import InputError
 from fastbert.machine import usable_cores
 
@@ -89,7 +89,7 @@ class Windows:
         self._total = int(self._counts.sum())
         self._check(window)
         self._epochs: dict[int, _Epoch] = {}
-        self._open: dict[int, _Window] = {}
+        self._open: dict[int, Examples] = {}
         self._ahead: _Ahead | None = None
         self._dropped: int | None = None  # fetched windows before this one were freed
 
@@ -108,7 +108,7 @@ class Windows:
         def draw(number: int, chosen: np.ndarray) -> Spans:
             epoch, window = divmod(number, self.windows)
             first = int(self._epoch(epoch).first[window])
-            spans = self._window(number).examples.draw(epoch, indices[chosen], window, first)
+            spans = self._window(number).draw(epoch, indices[chosen], window, first)
             return replace(spans, split=np.full_like(spans.split, number))
 
         spans = draw_by(windows, draw)
@@ -152,7 +152,7 @@ class Windows:
         last = window == self.windows - 1
         return slice(window * self._per_window, None if last else (window + 1) * self._per_window)
 
-    def _window(self, number: int) -> _Window:
+    def _window(self, number: int) -> Examples:
         if number not in self._open:
             ahead, self._ahead = self._ahead, None
             if ahead is not None and ahead.number == number:
@@ -184,19 +184,20 @@ class Windows:
             blocks.take(np.flatnonzero(gone)).drop()
         self._dropped = before
 
-    def _open_window(self, number: int, threads: int) -> _Window:
+    def _open_window(self, number: int, threads: int) -> Examples:
         """Fetch a window's blocks where they are elsewhere, verify them, and map them."""
         blocks = self.blocks_of(number)
         blocks.fetch()
-        problem = first_problem(blocks.claims(), blocks, threads)
+        problem = first_problem(blocks, threads)
         if problem and blocks.remote:  # the copy may be what a machine left that went down
             blocks.drop(again=True)
             blocks.fetch()
-            problem = first_problem(blocks.claims(), blocks, threads)
+            problem = first_problem(blocks, threads)
         if problem:
             raise InputError(f"{problem}; {AGAIN}")
-        split = BlockSplit(blocks)
-        examples = Examples(split, self.objective, self.max_length, self.seed, self.source)
+        examples = Examples(
+            BlockSplit(blocks), self.objective, self.max_length, self.seed, self.source
+        )
         epoch, window = divmod(number, self.windows)
         expected = self._counts[self._epoch(epoch).order[self._bounds(window)]].sum()
         if len(examples) != expected:
@@ -204,7 +205,7 @@ class Windows:
                 f"{self.source}: a window has {len(examples):,} examples, and the table of blocks "
                 f"says {expected:,}; {AGAIN}"
             )
-        return _Window(split, examples)
+        return examples
 
     def _check(self, size: int) -> None:
         """Check that any window has examples enough, whatever blocks come together in it."""
@@ -231,37 +232,24 @@ class Windows:
 
 @dataclass(frozen=True)
 class _Epoch:
-    """The order of an epoch.
+    """The order of an epoch."""
 
-    Attributes:
-        order: int64 [N], the blocks in their order.
-        first: int64 [windows], the examples before each window.
-    """
-
-    order: np.ndarray
-    first: np.ndarray
-
-
-@dataclass(frozen=True)
-class _Window:
-    """A window that is open."""
-
-    split: BlockSplit
-    examples: Examples
+    order: np.ndarray  # int64 [N], the blocks in their order
+    first: np.ndarray  # int64 [windows], the examples before each window
 
 
 class _Ahead:
     """A window that a thread opens."""
 
-    def __init__(self, number: int, make: Callable[[], _Window]):
+    def __init__(self, number: int, make: Callable[[], Examples]):
         self.number = number
-        self._found: _Window | BaseException | None = None
+        self._found: Examples | BaseException | None = None
         self._thread = threading.Thread(
             target=self._run, args=(make,), name=f"window {number}", daemon=True
         )
         self._thread.start()
 
-    def result(self) -> _Window:
+    def result(self) -> Examples:
         """Wait for the window; an exception of the thread is raised here."""
         self._thread.join()
         if isinstance(self._found, BaseException):
@@ -269,15 +257,16 @@ class _Ahead:
         assert self._found is not None
         return self._found
 
-    def _run(self, make: Callable[[], _Window]) -> None:
+    def _run(self, make: Callable[[], Examples]) -> None:
         try:
             self._found = make()
         except BaseException as error:
             self._found = error
 
 
-def first_problem(claims: Sequence[Claim], blocks: Blocks, threads: int) -> str | None:
+def first_problem(blocks: Blocks, threads: int) -> str | None:
     """Return what is wrong with the first of these blocks that has something wrong, or None."""
+    claims = blocks.claims()
     if threads == 1:
         return next(filter(None, (claim.problem(blocks.folder) for claim in claims)), None)
     with ThreadPoolExecutor(threads) as pool:

@@ -19,7 +19,7 @@ from fastbert.data.encode import ChunkEncoder
 from fastbert.data.job import Job, Vocabulary
 from fastbert.data.prepare import Options, job_of, processes
 from fastbert.data.unpack import BadRecord
-from fastbert.data.vocabulary_task import SampleTrainer, read_sample
+from fastbert.data.vocabulary_task import read_sample, train_on_sample
 
 SAMPLE_BYTES = 16 << 20  # on disk
 TRAINED_BYTES = 4 << 20
@@ -118,7 +118,7 @@ def _tokenizer(job: Job) -> tuple[str, float]:
         return job.tokenizer, 0.0
     whole, part = job.plan.sample(), job.plan.sample(TRAINED_BYTES)
     began = time.process_time()
-    trained = SampleTrainer(job)(part)
+    trained = train_on_sample(job, part)
     seconds = time.process_time() - began
     return trained, seconds * sum(n for _, n in whole) / sum(n for _, n in part)
 

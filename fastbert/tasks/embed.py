@@ -19,7 +19,6 @@ from fastbert.data.sources import Source, file_source
 from fastbert.durable import exit_at_signals, replaceable, replacing
 from fastbert.errors import InputError
 from fastbert.presence import is_folder
-from fastbert.storage import stamp
 
 if TYPE_CHECKING:
     # Not imported at run time: it imports torch, and arguments are checked before that.
@@ -180,7 +179,6 @@ def embed(
     pool: str | None,
     layers: Sequence[int],
     normalize: bool | None,
-    progress: bool = False,
 ) -> tuple[int, int]:
     """Write a vector for each text of `source` to `out`.
 
@@ -190,7 +188,6 @@ def embed(
         text_field: as in `fastbert.data.documents`.
         out: from `check_out`; written atomically.
         pool, layers, normalize: as in `Pretrained.encode`.
-        progress: show a progress bar on stderr.
 
     Returns:
         The number of vectors and their size D.
@@ -205,12 +202,11 @@ def embed(
         raise InputError(f"--out {out}: lies in the folder of the model; give another place")
     size, rows = pretrained.config.hidden_size, 0
     pretrained.encode([], pool, layers)  # checks the settings before anything is written
-    with _writer(out, size) as writer, _bar(stamp(source.path)[0], progress) as advance:
+    with _writer(out, size) as writer:
         for chunk in read_chunks([source], text_field):
             texts = parse(chunk, text_field)
             writer.write(texts, pretrained.encode(texts, pool, layers, normalize))
             rows += len(texts)
-            advance(chunk.read_bytes)
     return rows, size
 
 
@@ -221,17 +217,3 @@ def _writer(out: Path, size: int) -> Iterator[Writer]:
         writer: Writer = WRITERS[out.suffix](file, size)
         yield writer
         writer.close()
-
-
-@contextmanager
-def _bar(total: int, show: bool) -> Iterator[Any]:
-    """Yield a function that advances a progress bar by bytes of the source, or does nothing."""
-    if not show:
-        yield lambda _: None
-        return
-    from rich.console import Console
-    from rich.progress import Progress
-
-    with Progress(console=Console(stderr=True)) as bar:
-        task = bar.add_task("vectors", total=total)
-        yield lambda count: bar.advance(task, count)

@@ -94,17 +94,12 @@ class Settings:
 
 @dataclass(frozen=True)
 class Epoch:
-    """The result of an epoch.
-
-    Attributes:
-        loss: mean training loss, in nats or as squared error.
-        score: the metric on the held-out part, or on the evaluation file where there is none.
-    """
+    """The result of an epoch."""
 
     seed: int
     epoch: int
-    loss: float
-    score: float
+    loss: float  # mean training loss, in nats or as squared error
+    score: float  # the metric on the held-out part, or on the evaluation file where there is none
 
 
 @dataclass(frozen=True)
@@ -130,25 +125,16 @@ class Spread:
 
 @dataclass(frozen=True)
 class Finetuned:
-    """The result of a fine-tuning run.
+    """The result of a fine-tuning run."""
 
-    Attributes:
-        metric: the metric that was selected by.
-        scores: every metric on the evaluation file, over the seeds.
-        labels: the classes; empty for regression.
-        majority: accuracy of always answering the most frequent label of the evaluation file.
-        trials: one for each seed.
-        confusion: confusion matrix of the saved trial; rows are true classes.
-        out: the folder, or None.
-    """
-
-    metric: str
-    scores: dict[str, Spread]
-    labels: list[str]
+    metric: str  # the metric that was selected by
+    scores: dict[str, Spread]  # every metric on the evaluation file, over the seeds
+    labels: list[str]  # the classes; empty for regression
+    # Accuracy of always answering the most frequent label of the evaluation file.
     majority: float | None
-    trials: list[Trial]
-    confusion: list[list[int]]
-    out: str | None
+    trials: list[Trial]  # one for each seed
+    confusion: list[list[int]]  # of the saved trial; rows are true classes
+    out: str | None  # the folder
 
 
 @dataclass(frozen=True)
@@ -174,8 +160,9 @@ class _Task:
             return nn.functional.cross_entropy(logits, targets)
         return nn.functional.mse_loss(logits[:, 0], targets)
 
-    def measure(self, model: Classifier, data: _Encoded) -> dict[str, float]:
-        answers, truth = self.answers(model, data), data.targets.numpy()
+    def measure(self, answers: np.ndarray, data: _Encoded) -> dict[str, float]:
+        """Return every score of predictions."""
+        truth = data.targets.numpy()
         return {name: score(answers, truth) for name, score in self.scores.items()}
 
     @torch.no_grad()
@@ -248,20 +235,18 @@ def finetune(
             dev_data or test_data,
             settings,
             seed,
-            dev_data is not None,
             report,
             follow,
         )
         model.load_state_dict(kept)
         answers = task.answers(model, test_data)
-        truth = test_data.targets.numpy()
-        found = {name: score(answers, truth) for name, score in task.scores.items()}
+        found = task.measure(answers, test_data)
         chosen = max(epochs, key=lambda e: e.score) if dev_data else epochs[-1]
         trials.append(Trial(seed, chosen.epoch, found, epochs))
         if not saved or (dev_data and chosen.score > best):
             best, saved = chosen.score, kept
             if task.labels:
-                table = scores.confusion(answers, truth, len(task.labels))
+                table = scores.confusion(answers, test_data.targets.numpy(), len(task.labels))
     if out is not None:
         model.load_state_dict(saved)
         _save(out, model, pretrained, task, table, max_length)
@@ -283,11 +268,11 @@ def _train(
     watched: _Encoded,
     settings: Settings,
     seed: int,
-    stop_early: bool,
     report: Callable[[Epoch], None],
     follow: Callable[[Iterable, str], Iterable],
 ) -> tuple[list[Epoch], dict[str, Tensor]]:
     """Return the epochs, and the weights of the best one, or the last where nothing is held out."""
+    patience = settings.patience
     steps = settings.epochs * -(-len(data) // settings.batch)
     optimizer, schedule = _optimizer(model, settings, steps)
     done: list[Epoch] = []
@@ -310,13 +295,13 @@ def _train(
             total += loss.item() * len(rows)
         weights = {f"the weight {name}": tensor for name, tensor in model.named_parameters()}
         _check_finite(task, at, weights)
-        score = task.measure(model, watched)[task.metric]
+        score = task.measure(task.answers(model, watched), watched)[task.metric]
         done.append(Epoch(seed, epoch, total / len(data), score))
         report(done[-1])
         best = max(done, key=lambda e: e.score)  # the first one among equals
-        if not stop_early or best.epoch == epoch:
+        if patience is None or best.epoch == epoch:
             kept = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-        if stop_early and settings.patience is not None and epoch - best.epoch >= settings.patience:
+        if patience is not None and epoch - best.epoch >= patience:
             break
     return done, kept
 
@@ -580,7 +565,7 @@ def _optimizer(
         depth = _depth(name, model.encoder)
         trained = depth is not None and (settings.freeze == 0 or depth > settings.freeze)
         parameter.requires_grad_(trained)
-        if depth is not None and parameter.requires_grad:
+        if depth is not None and trained:
             groups.setdefault((depth, parameter.ndim > 1), []).append(parameter)
     groups_of_optimizer = [
         {

@@ -24,17 +24,7 @@ os.register_at_fork(after_in_child=functools.partial(torch.set_num_threads, 1))
 
 
 def load(path: str | Path, device: str | None = None) -> Pretrained:
-    """Open a model.
-
-    Args:
-        path: a run folder (its newest valid checkpoint is loaded), also as a URL; a checkpoint
-            folder of a run; or a Hugging Face folder (config.json, model.safetensors,
-            tokenizer.json or vocab.txt).
-        device: "cpu" or "cuda"; by default a GPU where there is one.
-
-    Raises:
-        InputError: something in the folder is missing or wrong; one line says what to do.
-    """
+    """Open a model; `fastbert.load` says what its arguments are. A run may be a URL too."""
     at = place(path)
     parts = open_model(fetch_checkpoint(at).path if isinstance(at, Url) else at)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")

@@ -250,7 +250,7 @@ class Run:
         bad_examples = sorted(
             example for examples in self.group.gather(error.examples) for example in examples
         )
-        sequences = self.setup.batches.sequences(self.state.step - 1)
+        sequences = self.setup.batches.timetable.at(self.state.step - 1).sequences
         self.monitor.skip(self.state.step, str(error), bad_examples, sequences)
         self.diverged = self.state.skipped_in_a_row > self.setup.config.stop.skipped
 

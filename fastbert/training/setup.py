@@ -171,14 +171,15 @@ def set_up(config: RunConfig, recipe: str, resume: bool, group: Group) -> Setup:
     with group.raise_on_all_ranks():
         batches = Batches(datasets, config, _origin(start, datasets))
         batches.check(group.world)
-        state, criteria = _state(start), StopCriteria(config, batches.steps_per_epoch)
+        state, criteria = _state(start), StopCriteria(config, batches.timetable.steps_per_epoch)
         if start.branches and (reason := criteria.reached(state)) is not None:
             raise InputError(
                 f"{recipe}: branch_from = {config.branch_from!r}: {reason} is reached there "
                 "already, so no step is left; raise it"
             )
         heldout = _heldout(config, batches)
-        batches.open(start.checkpoint.step if start.checkpoint else 0)
+        # The text of the first step is opened and verified.
+        batches.draw(start.checkpoint.step if start.checkpoint else 0)
     precision = resolve_precision(
         config.runtime.precision,
         _precision_before(start.checkpoint),

@@ -1,4 +1,4 @@
-"""Write one split of a dataset, shard by shard; format_2.py has the format."""
+"""Write a split of format 2, shard by shard, as `prepare` no longer does; see format_2.py."""
 
 from __future__ import annotations
 
