@@ -15,7 +15,7 @@ import os
 import shlex
 import sys
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -34,8 +34,9 @@ from fastbert.printing import (
     print_table,
     print_text,
 )
-from fastbert.storage import Place, Url, place
-from fastbert.terminal import is_terminal, safe
+from fastbert.progress import Progress
+from fastbert.storage import Place, Url, place, stamp
+from fastbert.terminal import safe
 
 EVALUATE_S = 600.0  # how long the ranks of `evaluate` wait for each other
 
@@ -418,7 +419,8 @@ def evaluate(
         with join(EVALUATE_S) if launched() else contextlib.nullcontext() as group:
             share_cores(group.local_world if group else 1)
             opened = load(model)
-            result = evaluate(opened, data, sequences, group)
+            with Progress("evaluate", show=group is None or group.is_main) as progress:
+                result = evaluate(opened, data, sequences, group, progress.follow)
             if group is not None and not group.is_main:
                 return DONE
     except RankLost as end:
@@ -638,15 +640,10 @@ def embed(
 
     share_cores(1)
     layers, opened = layer or [-1], load(model)
-    rows, size = embed(
-        opened,
-        source,
-        text_field,
-        writer,
-        pool,
-        layers,
-        normalize,
-    )
+    with Progress("embed") as progress, progress.count("vectors", stamp(file)[0]) as advance:
+        rows, size = embed(
+            opened, source, text_field, writer, pool, layers, normalize, advance=advance
+        )
     if as_json:
         settings = {
             "pool": pool or opened.vectors.pool,
@@ -756,7 +753,11 @@ def finetune(
         line = f"loss {epoch.loss:.3f}, {epoch.score:.3f} on {where}"
         print(f"seed {epoch.seed}, epoch {epoch.epoch} of {epochs}: {safe(line)}", file=sys.stderr)
 
-    result = finetune(load(model), training, test, out, settings, report=report, follow=_follow)
+    opened = load(model)
+    with Progress("finetune") as progress:
+        result = finetune(
+            opened, training, test, out, settings, report=report, follow=progress.follow
+        )
     if as_json:
         return print_json(dataclasses.asdict(result))
     spread = f" over {seeds} seeds" if seeds > 1 else ""
@@ -883,13 +884,3 @@ def plan(
     )
     for line in p.assumptions:
         print_text(f"- assumed: {line}")
-
-
-def _follow(batches: Iterable, name: str) -> Iterable:
-    """The batches, with a progress bar on a terminal."""
-    if not is_terminal(sys.stderr):
-        return batches
-    from rich.console import Console
-    from rich.progress import track
-
-    return track(list(batches), name, console=Console(stderr=True), transient=True)

@@ -325,7 +325,11 @@ def test_every_format_to_every_format(model, tmp_path, monkeypatch, name, out):
     monkeypatch.setattr(documents, "CHUNK_BYTES", 16)  # several chunks
     monkeypatch.setattr(unpack, "PIECE_BYTES", 16)
     source = source_of(write_source(tmp_path / name))
-    rows, size = embed(model, source, "text", check_out(tmp_path / out), "max", [1], False)
+    done: list[int] = []
+    rows, size = embed(
+        model, source, "text", check_out(tmp_path / out), "max", [1], False, advance=done.append
+    )
+    assert sum(done) == source.path.stat().st_size
     texts, vectors = read_result(tmp_path / out)
     assert (rows, size) == vectors.shape == (5, 32) and vectors.dtype == np.float32
     assert texts in (None, LINES)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -90,7 +91,15 @@ def test_figures_are_those_of_transformers(small_dataset, folder, run):
     def of(chosen, values) -> float:
         return mean(x for x, wanted in zip(values, chosen, strict=True) if wanted)
 
-    result = evaluate(model, sequences=SEQUENCES)
+    followed: list[str] = []
+
+    def follow(items: Sequence, name: str) -> Iterator:
+        for item in items:
+            followed.append(name)
+            yield item
+
+    result = evaluate(model, sequences=SEQUENCES, follow=follow)
+    assert len(followed) > 1 and set(followed) == {f"held-out text of {small_dataset.path}"}
     flat = result.flat()
     groups = {name: flat.pop(f"by_{name}") for name in ("corruption", "length", "frequency")}
     assert flat == {

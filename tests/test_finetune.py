@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,13 +59,21 @@ def files(tmp_path_factory) -> tuple[Path, Path]:
 
 def test_it_learns_and_transformers_agrees(folder, files: tuple[Path, Path], tmp_path):
     seen: list[Epoch] = []
+    followed: list[str] = []
+
+    def follow(items: Sequence, name: str) -> Sequence:
+        followed.append(name)
+        return items
+
     result = finetune(
         fastbert.load(folder),
         *files,
         tmp_path / "out",
         Settings(epochs=12, lr=3e-3, batch=8),
         report=seen.append,
+        follow=follow,
     )
+    assert followed == [f"seed 1, epoch {n} of 12" for n in range(1, 13)]
     assert (
         result.scores["accuracy"] == Spread(1.0, 0.0)
         and result.majority == 0.5

@@ -9,8 +9,8 @@ import time
 
 import pytest
 
-from fastbert.data import progress as module
-from fastbert.data.progress import Progress
+from fastbert import progress as module
+from fastbert.progress import Progress
 
 
 class Terminal(io.StringIO):
@@ -19,8 +19,8 @@ class Terminal(io.StringIO):
 
 
 def work(show: bool) -> None:
-    with Progress(100, show) as progress:
-        with progress.count("reading", done=25) as advance:
+    with Progress("prepare", show) as progress:
+        with progress.count("reading", 100, done=25) as advance:
             for _ in range(3):
                 time.sleep(0.03)
                 advance(25)
@@ -35,6 +35,20 @@ def test_lines(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPat
     assert {"prepare: reading, 25 %, 0 s", "prepare: training, 0 s"} <= set(lines)
     work(False)
     assert capsys.readouterr().err == ""
+
+
+def test_items_are_followed(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "LINE_EVERY_S", 0.01)
+    with Progress("evaluate") as progress:
+        followed = []
+        for item in progress.follow("abcd", "held-out text"):
+            followed.append(item)
+            time.sleep(0.03)
+    assert followed == list("abcd")
+    lines = capsys.readouterr().err.splitlines()
+    assert {f"evaluate: held-out text, {share} %, 0 s" for share in (25, 50, 75)} <= set(lines)
 
 
 def test_a_short_run_prints_nothing(capsys: pytest.CaptureFixture[str]) -> None:

@@ -34,7 +34,6 @@ from fastbert.data.encode import ChunkEncoder
 from fastbert.data.job import Base, Job, Vocabulary, work_of
 from fastbert.data.manifest import MANIFEST
 from fastbert.data.pieces import PieceEncoder
-from fastbert.data.progress import Progress
 from fastbert.data.report import Report
 from fastbert.data.results import disk_errors, key_of, read_arrays, write_arrays
 from fastbert.data.seal import published, remove_work, seal
@@ -51,6 +50,7 @@ from fastbert.durable import exit_at_signals, parents_of, sha256_of, unsealed
 from fastbert.errors import InputError
 from fastbert.machine import usable_cores
 from fastbert.presence import is_folder, status
+from fastbert.progress import Progress
 from fastbert.terminal import tell
 
 # One more worker for each of these. With less text it does not pay: a worker has to start, and to
@@ -162,7 +162,7 @@ class _Run:
     ):
         self.job = job
         self._sources, self._options, self._recorded = sources, options, recorded
-        self._bar = Progress(job.plan.size, options.progress)
+        self._bar = Progress("prepare", options.progress)
 
     @property
     def request(self) -> str:
@@ -185,7 +185,7 @@ class _Run:
                 except MissingPiece:
                     continue
             shards = range(len(settled.groups) - 1)
-            with self._bar.count("shards") as advance:
+            with self._bar.count("shards", job.plan.size) as advance:
                 for size in self._map(Assembler, (job, settled), shards):
                     advance(size)
             report = self._seal(settled)
@@ -260,9 +260,9 @@ class _Run:
 
     def _encode(self, numbers: Sequence[int]) -> None:
         """Encode pieces; bytes of the others count as done."""
-        job, bad = self.job, 0
-        done = job.plan.size - sum(map(job.plan.piece_size, numbers))
-        with self._bar.count("documents, sentences, tokens", done) as advance:
+        job, bad, size = self.job, 0, self.job.plan.size
+        done = size - sum(map(job.plan.piece_size, numbers))
+        with self._bar.count("documents, sentences, tokens", size, done) as advance:
             if not numbers:
                 return
             # Tasks on a cluster do not say how far they are.

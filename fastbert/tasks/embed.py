@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
@@ -179,6 +179,7 @@ def embed(
     pool: str | None,
     layers: Sequence[int],
     normalize: bool | None,
+    advance: Callable[[int], None] = lambda _: None,
 ) -> tuple[int, int]:
     """Write a vector for each text of `source` to `out`.
 
@@ -188,6 +189,7 @@ def embed(
         text_field: as in `fastbert.data.documents`.
         out: from `check_out`; written atomically.
         pool, layers, normalize: as in `Pretrained.encode`.
+        advance: called with the bytes of the source that are done.
 
     Returns:
         The number of vectors and their size D.
@@ -207,6 +209,7 @@ def embed(
             texts = parse(chunk, text_field)
             writer.write(texts, pretrained.encode(texts, pool, layers, normalize))
             rows += len(texts)
+            advance(chunk.read_bytes)
     return rows, size
 
 

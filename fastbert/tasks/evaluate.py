@@ -31,6 +31,7 @@ from fastbert.data.streams import Streams
 from fastbert.data.tokenizer import load_tokenizer, same_tokens
 from fastbert.errors import Diverged, InputError
 from fastbert.models.bert import BertForPreTraining
+from fastbert.progress import Follow, unseen
 from fastbert.tasks.pretrained import Pretrained
 from fastbert.training.heldout import mean_baselines, mean_by_share
 from fastbert.training.verified_dataset import open_sources
@@ -121,6 +122,7 @@ def evaluate(
     data: str | Path | None = None,
     sequences: int | None = None,
     group: Group | None = None,
+    follow: Follow = unseen,
 ) -> Evaluation:
     """Evaluate on the held-out text of a dataset or a mixture, with the same masks for every model.
 
@@ -131,6 +133,7 @@ def evaluate(
         sequences: number of held-out examples of each source; by default the recipe's
             `evaluate.sequences`.
         group: ranks that share the work; all of them get the result.
+        follow: shows the progress.
 
     Raises:
         InputError: no dataset is given; one is missing, damaged or made with another vocabulary; or
@@ -156,7 +159,7 @@ def evaluate(
     if NSP not in pretrained.heads:
         recipe = replace(recipe, objective=replace(recipe.objective, kind="mlm"))
     wanted = sequences or recipe.evaluate.sequences
-    found = [_evaluate(pretrained, dataset, recipe, wanted, group) for dataset in datasets]
+    found = [_evaluate(pretrained, dataset, recipe, wanted, group, follow) for dataset in datasets]
     if len(found) == 1:
         return found[0]
     shares = [quota / BLOCK for quota in Streams(datasets, recipe).quotas(recipe)]
@@ -169,12 +172,13 @@ def _evaluate(
     recipe: RunConfig,
     sequences: int,
     group: Group | None,
+    follow: Follow,
 ) -> Evaluation:
     """Evaluate on one dataset."""
     batches = heldout_batches(dataset, recipe, sequences)
     mine = batches[group.rank :: group.world] if group else batches
     classes = _Classes(dataset)
-    sums = classes.sums(pretrained, mine)
+    sums = classes.sums(pretrained, mine, follow)
     if group:
         sums = group.sum(sums.to(group.device)).cpu()
     found = classes.evaluation(sums, batches)
@@ -236,7 +240,9 @@ class _Classes:
         self.frequencies = [f"{FREQUENCIES[0]:,} or more", *between, f"less than {FREQUENCIES[-1]}"]
         self.names = ["all", MASKED, RANDOM, UNCHANGED, *self.lengths, *self.frequencies]
 
-    def sums(self, pretrained: Pretrained, batches: Sequence[PackedBatch]) -> Tensor:
+    def sums(
+        self, pretrained: Pretrained, batches: Sequence[PackedBatch], follow: Follow
+    ) -> Tensor:
         """Return the sums of each class, float64 [classes + 1, 6], in the order of _SUMS.
 
         The row of the pairs has count, loss and correct predictions.
@@ -245,7 +251,8 @@ class _Classes:
         if not batches:
             return sums
         simple = self._count_models(batches)
-        for batch, unigram, left_bigram in zip(batches, *simple, strict=True):
+        shown = follow(batches, f"held-out text of {self.dataset.path}")
+        for batch, unigram, left_bigram in zip(shown, *simple, strict=True):
             found, pairs = _measure(pretrained, batch)
             values = torch.stack(
                 [torch.ones(len(unigram), dtype=torch.float64), *found, unigram, left_bigram], 1

@@ -17,7 +17,7 @@ import math
 import statistics
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,6 +30,7 @@ from fastbert.checkpoints.weight_names import table_of, to_hugging_face
 from fastbert.data.packing import PackedBatch, pack_texts
 from fastbert.errors import Diverged, InputError
 from fastbert.models.build import Model
+from fastbert.progress import Follow, unseen
 from fastbert.tasks import scores
 from fastbert.tasks.labelled import Examples, number, read_examples
 from fastbert.tasks.pretrained import Pretrained, first_tokens, fit_pair
@@ -183,7 +184,7 @@ def finetune(
     settings: Settings | None = None,
     *,
     report: Callable[[Epoch], None] = lambda _: None,
-    follow: Callable[[Iterable, str], Iterable] = lambda batches, _: batches,
+    follow: Follow = unseen,
 ) -> Finetuned:
     """Train on one file and evaluate on another.
 
@@ -197,7 +198,7 @@ def finetune(
             nothing is held out.
         settings: by default `Settings()`.
         report: called after every epoch.
-        follow: wraps the batches of an epoch to show progress; the second argument is its title.
+        follow: shows the progress of an epoch.
 
     Raises:
         InputError: a setting out of range, a file that is missing or wrong (with its lines), labels
@@ -269,7 +270,7 @@ def _train(
     settings: Settings,
     seed: int,
     report: Callable[[Epoch], None],
-    follow: Callable[[Iterable, str], Iterable],
+    follow: Follow,
 ) -> tuple[list[Epoch], dict[str, Tensor]]:
     """Return the epochs, and the weights of the best one, or the last where nothing is held out."""
     patience = settings.patience

@@ -1,28 +1,39 @@
-"""Progress of `prepare` on stderr: bars on a terminal, otherwise a line every ten seconds."""
+"""Progress of long work on stderr: bars on a terminal, otherwise a line every ten seconds."""
 
 from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 from fastbert.terminal import can_redraw
 
 LINE_EVERY_S = 10.0
+
+Item = TypeVar("Item")
+
+# What shows how many of some items are done, such as Progress.follow: the items and the name of the
+# work are given, and it yields the items.
+Follow = Callable[[Sequence[Any], str], Iterable[Any]]
+
+
+def unseen(items: Sequence[Item], _name: str) -> Iterable[Item]:
+    """A Follow that shows nothing."""
+    return items
 
 
 class Progress:
     """Shows which part of the work is running, and its progress.
 
     Args:
-        size: bytes of the sources on disk.
+        command: the work as a whole, with which each line begins.
         show: whether to show anything.
     """
 
-    def __init__(self, size: int, show: bool):
-        self._size, self._ended, self._lines = size, threading.Event(), None
+    def __init__(self, command: str, show: bool = True):
+        self._command, self._ended, self._lines = command, threading.Event(), None
         show = show and sys.stderr is not None
         # Where bars cannot be redrawn they are not shown, and the lines say where they stand.
         self._bars = _bars(show)
@@ -42,23 +53,32 @@ class Progress:
             self._lines.join()
 
     @contextmanager
-    def count(self, name: str, done: int = 0) -> Iterator[Callable[[int], None]]:
-        """Show how many bytes of the sources are done; yield a function that adds to them.
+    def count(self, name: str, size: int, done: int = 0) -> Iterator[Callable[[int], None]]:
+        """Show how many bytes are done; yield a function that adds to them.
 
         Args:
             name: of the work.
+            size: bytes in all.
             done: bytes whose work was done before.
         """
-        task = self._bars.add_task(name, total=self._size, completed=done)
-        yield lambda size: self._bars.advance(task, size)
-        self._bars.update(task, completed=self._size)
+        task = self._bars.add_task(name, total=size, completed=done, bytes=True)
+        yield lambda more: self._bars.advance(task, more)
+        self._bars.update(task, completed=size)
 
     @contextmanager
     def wait(self, name: str) -> Iterator[None]:
         """Show that work of unknown length is running."""
-        task = self._bars.add_task(name, total=None)
+        task = self._bars.add_task(name, total=None, bytes=False)
         yield
         self._bars.update(task, total=1, completed=1)
+
+    def follow(self, items: Sequence[Item], name: str) -> Iterator[Item]:
+        """Yield the items, and show how many are done; the bar disappears with the last one."""
+        task = self._bars.add_task(name, total=len(items), bytes=False)
+        for item in items:
+            yield item
+            self._bars.advance(task)
+        self._bars.remove_task(task)
 
     def _print_lines(self) -> None:
         while not self._ended.wait(LINE_EVERY_S):
@@ -66,7 +86,7 @@ class Progress:
             if task is None or task.finished:
                 continue
             share = "" if task.total is None else f", {task.percentage:.0f} %"
-            line = f"prepare: {task.description}{share}, {task.elapsed or 0:.0f} s"
+            line = f"{self._command}: {task.description}{share}, {task.elapsed or 0:.0f} s"
             try:
                 print(line, file=sys.stderr, flush=True)
             except (OSError, ValueError):
@@ -90,24 +110,30 @@ def _bars(show: bool) -> Any:
     )
     from rich.text import Text
 
-    class OfBytes(ProgressColumn):
-        """A column that is empty for work of unknown length."""
+    class Where(ProgressColumn):
+        """A column that is empty for tasks that it cannot describe."""
 
-        def __init__(self, column: ProgressColumn):
+        def __init__(self, describes: Callable[[Task], bool], column: ProgressColumn):
             super().__init__()
-            self._column = column
+            self._describes, self._column = describes, column
 
         def render(self, task: Task) -> Any:
-            return self._column.render(task) if (task.total or 0) > 1 else Text()
+            return self._column.render(task) if self._describes(task) else Text()
+
+    def in_bytes(task: Task) -> bool:
+        return task.fields["bytes"]
+
+    def known(task: Task) -> bool:
+        return (task.total or 0) > 1
 
     columns = (
         SpinnerColumn(finished_text=" "),
         TextColumn("{task.description}"),
         BarColumn(),
         TimeElapsedColumn(),
-        OfBytes(DownloadColumn()),
-        OfBytes(TransferSpeedColumn()),
-        OfBytes(TimeRemainingColumn()),
+        Where(in_bytes, DownloadColumn()),
+        Where(in_bytes, TransferSpeedColumn()),
+        Where(known, TimeRemainingColumn()),
     )
     console = Console(stderr=True)
     return Progress(*columns, console=console, disable=not (show and can_redraw(console)))
