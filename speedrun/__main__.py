@@ -19,10 +19,9 @@ import torch
 
 from benchmarks.harness.machine import header, header_line
 from benchmarks.harness.tables_and_plots import table
-from benchmarks.quality.equal_time import heldout
+from benchmarks.quality.equal_time import evaluations, heldout
 from fastbert.config import ObjectiveConfig, RunConfig
 from fastbert.recipe import load_config
-from fastbert.training.metrics import read_metrics
 
 GOAL = 4.0  # nats on [MASK], the mean of the seeds
 SEEDS = [1, 2, 3]
@@ -38,7 +37,7 @@ def trained(recipe: Path, data: Path, seed: int, run: Path) -> tuple[int, float]
     ended = subprocess.run(command, check=False)
     if ended.returncode:  # it has printed the reason
         sys.exit(ended.returncode)
-    end = [r for r in read_metrics(run / "metrics.jsonl") if r.get("event") == "evaluate"][-1]
+    end = evaluations(run)[-1]
     return end["step"], end["training_seconds"]
 
 
