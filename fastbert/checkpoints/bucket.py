@@ -377,7 +377,7 @@ class BucketLock:
 
 
 class InBucket:
-    """The Destination of a run in a bucket.
+    """The checkpoints of a run in a bucket; the methods are those of saver.OnDisk.
 
     Args:
         bucket: the run.
