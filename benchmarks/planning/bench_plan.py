@@ -46,7 +46,7 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from benchmarks.harness.machine import header, header_line
+from benchmarks.harness.machine import ROOT, header, header_line
 from benchmarks.harness.record import Record, Row
 from benchmarks.harness.tables_and_plots import filled, table
 from benchmarks.step.made_up_training import Sizes, made_up_batch, model_config
@@ -69,7 +69,6 @@ from fastbert.recipe import parse_config
 from fastbert.training.ds_config import DeepSpeedSettings
 from fastbert.training.engine import Engine
 
-ROOT = Path(__file__).parents[2]
 BUCKETS = ("reduce_bucket_size", "allgather_bucket_size", "stage3_prefetch_bucket_size")
 LR = 1e-3
 COUNTED = "the counted step"

@@ -21,10 +21,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from benchmarks.harness.machine import ROOT
 from benchmarks.harness.tables_and_plots import table
 from fastbert.training.metrics import read_metrics
 
-ROOT = Path(__file__).parents[2]
 EVERY = 12  # steps
 INTERVAL_S = 300.0
 
