@@ -30,7 +30,6 @@ import importlib
 import inspect
 import itertools
 import json
-import multiprocessing
 import sys
 import time
 from collections import defaultdict
@@ -46,6 +45,7 @@ from triton import knobs
 import fastbert_kernels
 from benchmarks.compiled.front_end import front_end
 from benchmarks.compiled.no_launch import SHARED_MEMORY, no_launch
+from benchmarks.harness.forked import forked
 from benchmarks.kernels.cases import Case, arguments, leaves
 from fastbert_kernels import layer_norm
 from fastbert_kernels._spec import Shape
@@ -54,7 +54,6 @@ from fastbert_kernels.specs import SPECS
 
 DTYPES = (torch.bfloat16, torch.float32, torch.float16)
 PRECISIONS = ("bf16", "fp32", "autocast")  # in which a GPU trains
-PROCESSES = 2
 WIDEST_BY_DEFAULT = 1024
 # Sequence lengths, for attention.
 HALF_A_TILE, ONE_TILE, MANY_TILES = [40, 60], [40, 128], [200, 30]
@@ -401,22 +400,15 @@ def check(architecture: str, calls: list[Call]) -> Found:
     groups: dict[tuple[str, str], list[Call]] = defaultdict(list)
     for call in calls:
         groups[call.part, call.size].append(call)
-    _groups[:] = groups.values()
     found = Found()
-    with multiprocessing.get_context("fork").Pool(PROCESSES) as pool:
-        jobs = [(architecture, number) for number in range(len(_groups))]
-        for one in pool.imap_unordered(_compile_group, jobs):
-            found.add(one)
+    for one in forked(_compile_group, [(architecture, group) for group in groups.values()]):
+        found.add(one)
     return found
 
 
-_groups: list[list[Call]] = []  # inherited by forked processes, because calls are not picklable
-
-
-def _compile_group(job: tuple[str, int]) -> Found:
-    architecture, number = job
+def _compile_group(architecture: str, calls: list[Call]) -> Found:
     torch.set_num_threads(1)
-    return Gate(machine_code=True).compile(architecture, _groups[number])
+    return Gate(machine_code=True).compile(architecture, calls)
 
 
 def check_front_end(architectures: list[str], calls: list[Call]) -> Iterator[tuple[str, Found]]:
