@@ -264,10 +264,8 @@ def model_step(kind: str, lengths: list[int], precision: str, dropout: float) ->
     model = build_model(config, vocab_size=300, kernels="triton", device="cuda")
     if precision == "bf16":
         model.bfloat16()
-    first, second = (
-        [[7] * (length // 2) for length in lengths],
-        [[8] * (length - length // 2 - 3) for length in lengths],
-    )
+    first = [[7] * (length // 2) for length in lengths]
+    second = [[8] * (length - length // 2 - 3) for length in lengths]
     batch = pack_texts(first, second, SpecialIds(pad=0, unk=1, cls=2, sep=3, mask=4))
     batch = dataclasses.replace(
         batch, masked_positions=torch.tensor([3, 50]), labels=torch.tensor([7, 8]), masked_total=2
@@ -326,11 +324,9 @@ class Gate:
 
         def hook(*, key: str, fn: Any, compile: Any, **_: Any) -> bool:
             """Triton calls it before it compiles, and does not compile if it returns True."""
-            function, signature, constants = (
-                fn.jit_function,
-                compile["signature"],
-                compile["constants"],
-            )
+            function = fn.jit_function
+            signature = compile["signature"]
+            constants = compile["constants"]
             kernel = f"{fn.module.split('.')[-2]}.{fn.name}"
             if (kernel, key) not in found.kinds:
                 found.kinds.add((kernel, key))

@@ -240,11 +240,9 @@ def page(device: str, rows: Sequence[Row], peak: Peak) -> str:
         unit, scale, digits = ("TFLOP/s", 1e12, 1) if row["unit"] == "FLOP/s" else ("GB/s", 1e9, 0)
         if row["unit"] == "FLOP/s" and (row["rate"] or 0) < 1e12:
             unit, scale, digits = "GFLOP/s", 1e9, 0
-        share, ratio, memory = (
-            row["share_of_peak"],
-            row["fastest_rival_over_this"],
-            row["extra_bytes"],
-        )
+        share = row["share_of_peak"]
+        ratio = row["fastest_rival_over_this"]
+        memory = row["extra_bytes"]
         body.append(
             [
                 row["case"],
