@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.harness.children import pretraining
 from benchmarks.harness.machine import header, header_line
 from benchmarks.harness.tables_and_plots import table
 from benchmarks.quality.equal_time import evaluations, heldout
@@ -32,9 +33,7 @@ RECORD = Path(__file__).with_name("record.toml")
 
 def trained(recipe: Path, data: Path, seed: int, run: Path) -> tuple[int, float]:
     """Train in a process of its own, and return the steps and the seconds that it took."""
-    settings = (f"data={data}", f"run={run}", f"seed={seed}")
-    command = [sys.executable, "-m", "fastbert", "pretrain", str(recipe), *settings]
-    ended = subprocess.run(command, check=False)
+    ended = subprocess.run(pretraining(recipe, {"data": data, "run": run, "seed": seed}))
     if ended.returncode:  # it has printed the reason
         sys.exit(ended.returncode)
     end = evaluations(run)[-1]
