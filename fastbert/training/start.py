@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fastbert.checkpoints import checkpoint
-from fastbert.checkpoints.bucket import Attempt, Bucket
+from fastbert.checkpoints.bucket import Attempt, Bucket, RunCopy
 from fastbert.checkpoints.checkpoint import Checkpoint
 from fastbert.checkpoints.ownership import CLAIM, RunLock
 from fastbert.cluster.group import Group
@@ -138,7 +138,7 @@ def _open_bucket_run(
             if isinstance(manifest, str):
                 raise InputError(f"{at}: damaged: {manifest}")
             assert manifest is not None
-            copy = bucket.copy(attempt, manifest)
+            copy = RunCopy(bucket.url, attempt, manifest, with_tokenizer=False)
         in_rounds(copy, f"fetching {at}", group)
         problems = [problem for problem in group.gather(copy.problem) if problem]
         if problems:
