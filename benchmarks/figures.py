@@ -10,8 +10,8 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
+from benchmarks.harness.machine import ROOT
 from benchmarks.harness.record import Record, read_record
 from benchmarks.harness.tables_and_plots import filled, places, table
 from benchmarks.quality import bench_architectures
@@ -20,7 +20,6 @@ from benchmarks.quality.bench_quality import TRAINER, sooner_table
 from benchmarks.quality.sweep import sweep_table
 from benchmarks.step.bench_step import step_table
 
-ROOT = Path(__file__).parents[1]
 PAGES = tuple(ROOT / name for name in ("README.md", "docs/benchmarks.md", "docs/results.md"))
 MACHINE = "amd-epyc-2-cores"  # the pages quote this machine's results, and one record of the other
 AMX = "intel-r-xeon-r-processor-2-cores"

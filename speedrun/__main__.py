@@ -17,12 +17,12 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.harness.children import pretraining
 from benchmarks.harness.machine import header, header_line
 from benchmarks.harness.tables_and_plots import table
-from benchmarks.quality.equal_time import heldout
+from benchmarks.quality.equal_time import evaluations, heldout
 from fastbert.config import ObjectiveConfig, RunConfig
 from fastbert.recipe import load_config
-from fastbert.training.metrics import read_metrics
 
 GOAL = 4.0  # nats on [MASK], the mean of the seeds
 SEEDS = [1, 2, 3]
@@ -33,12 +33,10 @@ RECORD = Path(__file__).with_name("record.toml")
 
 def trained(recipe: Path, data: Path, seed: int, run: Path) -> tuple[int, float]:
     """Train in a process of its own, and return the steps and the seconds that it took."""
-    settings = (f"data={data}", f"run={run}", f"seed={seed}")
-    command = [sys.executable, "-m", "fastbert", "pretrain", str(recipe), *settings]
-    ended = subprocess.run(command, check=False)
+    ended = subprocess.run(pretraining(recipe, {"data": data, "run": run, "seed": seed}))
     if ended.returncode:  # it has printed the reason
         sys.exit(ended.returncode)
-    end = [r for r in read_metrics(run / "metrics.jsonl") if r.get("event") == "evaluate"][-1]
+    end = evaluations(run)[-1]
     return end["step"], end["training_seconds"]
 
 

@@ -28,7 +28,7 @@ def test_a_side_trains_for_its_processor_time(small_dataset, tmp_path, monkeypat
         "loss_mask_token": 0.125,
         "accuracy_nsp": 0.5,
     }
-    (folder / "demo-1.json").write_text(json.dumps(kept))
+    (folder / f"{DEMO}-1.json").write_text(json.dumps(kept))
     command = ["bench_init", small_dataset.path, "--minutes", "0.03", "--out", tmp_path]
     monkeypatch.setattr("sys.argv", list(map(str, command)))
     main()

@@ -25,13 +25,13 @@ from fastbert.checkpoints.checkpoint import (
     publish,
     read_all,
     read_weights,
-    save,
     share_of,
     staging_of,
     sweep,
     write_share,
 )
 from fastbert.errors import InputError
+from tests.one_process import save
 
 ROOT = Path(__file__).parents[1]
 METADATA = {
@@ -329,7 +329,7 @@ SMALL_DISK = """
 import resource, signal, sys
 from pathlib import Path
 import torch
-from fastbert.checkpoints.checkpoint import save
+from tests.one_process import save
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))
 try:

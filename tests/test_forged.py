@@ -23,6 +23,7 @@ from fastbert.errors import InputError
 from fastbert.recipe import dump_config, parse_config
 from fastbert.training.start import Start, open_run
 from fastbert.training.train_state import TrainState
+from tests import one_process
 
 STEP = 7
 PROGRESS = dataclasses.asdict(TrainState(step=STEP, tokens=100, seconds=2.5, heldout_loss=6.5))
@@ -49,7 +50,7 @@ class Forger:
 
     def write(self) -> None:
         shutil.rmtree(self.run / "checkpoints", ignore_errors=True)
-        checkpoint.save(self.run / "checkpoints", STEP, self.tensors.items(), self.metadata, 3)
+        one_process.save(self.run / "checkpoints", STEP, self.tensors.items(), self.metadata, 3)
         shutil.copytree(self.dataset.tokenizer_dir, self.run / "tokenizer", dirs_exist_ok=True)
 
     def resume(self) -> Start:

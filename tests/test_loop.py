@@ -28,6 +28,7 @@ from fastbert.recipe import load_config
 from fastbert.training.loop import pretrain
 from fastbert.training.metrics import STEP_KEYS, read_metrics
 from fastbert_kernels.checker.sanitizer import sanitize
+from tests import one_process
 from tests.ranks import Ranks, environment
 from tests.trials import CLOCK
 
@@ -552,7 +553,7 @@ def test_a_loss_that_is_not_finite_is_skipped_and_names_its_examples(recipe, tmp
         for name, tensor in named.items()
     ]
     shutil.rmtree(found.path)
-    checkpoint.save(run / "checkpoints", 1, tensors, found.metadata, 1)
+    one_process.save(run / "checkpoints", 1, tensors, found.metadata, 1)
     assert train(recipe, "stop.steps=12", *short, resume=True) == 1  # the held-out text uses it too
     skips, steps = lines(run, "skip"), lines(run)
     assert (

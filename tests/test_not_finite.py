@@ -16,6 +16,7 @@ from fastbert.checkpoints import checkpoint
 from fastbert.data.batches import Batches, heldout_batches
 from fastbert.data.packing import PackedBatch
 from fastbert.recipe import load_config
+from tests import one_process
 from tests.tiers import slow
 from tests.trials import Laboratory, Trial, wait_for
 
@@ -45,7 +46,7 @@ def damage(trial: Trial, place: int = PLACE) -> None:
         for slot, named in state.items()
         for name, tensor in named.items()
     ]
-    checkpoint.save(found.path.parent, found.step, tensors, found.metadata, 1)
+    one_process.save(found.path.parent, found.step, tensors, found.metadata, 1)
 
 
 def examples(trial: Trial, dataset, longer_than: int = 0) -> dict[int, list[int]]:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from fastbert.checkpoints import checkpoint
+from tests import one_process
 from tests.tiers import slow
 from tests.trials import SHAPES, Laboratory, dataset_flips, flip, flips, kills, wait_for
 
@@ -73,7 +74,7 @@ def test_every_bit_of_a_small_checkpoint(tmp_path):
     These are a letter beyond ASCII, an exponent, and the seventeenth digit of a number.
     """
     metadata = {"recipe": 'run = "ü"', "progress": {"seconds": 0.1 + 0.2, "best_loss": 1e-12}}
-    path = checkpoint.save(tmp_path / "checkpoints", 1, [("weight/a", torch.ones(3))], metadata, 1)
+    path = one_process.save(tmp_path / "checkpoints", 1, [("weight/a", torch.ones(3))], metadata, 1)
     missed = []
     for file in path.iterdir():
         for bit in range(8 * file.stat().st_size):

@@ -24,10 +24,11 @@ import pytest
 import torch
 
 from fastbert.checkpoints import checkpoint
-from fastbert.checkpoints.checkpoint import MANIFEST, newest_valid, read_all, save
+from fastbert.checkpoints.checkpoint import MANIFEST, newest_valid, read_all
 from fastbert.checkpoints.failpoint import POINTS, reach
 from fastbert.checkpoints.saver import OnDisk, Saver
 from fastbert.cluster.group import join
+from tests.one_process import save
 from tests.ranks import LAUNCHER, ROOT, environment, free_port
 
 TIMEOUT_S = 60.0  # a guard

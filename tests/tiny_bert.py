@@ -11,11 +11,12 @@ from pathlib import Path
 import torch
 from transformers import BertConfig, BertForPreTraining
 
-from fastbert.checkpoints import checkpoint, hugging_face, hugging_face_config
+from fastbert.checkpoints import hugging_face, hugging_face_config
 from fastbert.data.dataset import open_dataset
 from fastbert.data.tokenizer import load_tokenizer, save_tokenizer
 from fastbert.data.vocabulary import train_tokenizer
 from fastbert.recipe import dump_config, parse_config
+from tests import one_process
 
 POSITIONS = 32
 VOCABULARY = 400
@@ -78,7 +79,7 @@ def make_run(
     metadata = {"recipe": dump_config(recipe), "vocab_size": vocab_size, "dataset_sha256": "0" * 64}
     if data != "nowhere":
         metadata["dataset_sha256"] = open_dataset(data).sha256
-    checkpoint.save(
+    one_process.save(
         folder / "checkpoints",
         step,
         ((f"weight/{name}", tensor) for name, tensor in weights.items()),

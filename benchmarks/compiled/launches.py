@@ -30,7 +30,6 @@ import importlib
 import inspect
 import itertools
 import json
-import multiprocessing
 import sys
 import time
 from collections import defaultdict
@@ -46,6 +45,7 @@ from triton import knobs
 import fastbert_kernels
 from benchmarks.compiled.front_end import front_end
 from benchmarks.compiled.no_launch import SHARED_MEMORY, no_launch
+from benchmarks.harness.forked import forked
 from benchmarks.kernels.cases import Case, arguments, leaves
 from fastbert_kernels import layer_norm
 from fastbert_kernels._spec import Shape
@@ -54,7 +54,6 @@ from fastbert_kernels.specs import SPECS
 
 DTYPES = (torch.bfloat16, torch.float32, torch.float16)
 PRECISIONS = ("bf16", "fp32", "autocast")  # in which a GPU trains
-PROCESSES = 2
 WIDEST_BY_DEFAULT = 1024
 # Sequence lengths, for attention.
 HALF_A_TILE, ONE_TILE, MANY_TILES = [40, 60], [40, 128], [200, 30]
@@ -265,10 +264,8 @@ def model_step(kind: str, lengths: list[int], precision: str, dropout: float) ->
     model = build_model(config, vocab_size=300, kernels="triton", device="cuda")
     if precision == "bf16":
         model.bfloat16()
-    first, second = (
-        [[7] * (length // 2) for length in lengths],
-        [[8] * (length - length // 2 - 3) for length in lengths],
-    )
+    first = [[7] * (length // 2) for length in lengths]
+    second = [[8] * (length - length // 2 - 3) for length in lengths]
     batch = pack_texts(first, second, SpecialIds(pad=0, unk=1, cls=2, sep=3, mask=4))
     batch = dataclasses.replace(
         batch, masked_positions=torch.tensor([3, 50]), labels=torch.tensor([7, 8]), masked_total=2
@@ -327,11 +324,9 @@ class Gate:
 
         def hook(*, key: str, fn: Any, compile: Any, **_: Any) -> bool:
             """Triton calls it before it compiles, and does not compile if it returns True."""
-            function, signature, constants = (
-                fn.jit_function,
-                compile["signature"],
-                compile["constants"],
-            )
+            function = fn.jit_function
+            signature = compile["signature"]
+            constants = compile["constants"]
             kernel = f"{fn.module.split('.')[-2]}.{fn.name}"
             if (kernel, key) not in found.kinds:
                 found.kinds.add((kernel, key))
@@ -401,22 +396,15 @@ def check(architecture: str, calls: list[Call]) -> Found:
     groups: dict[tuple[str, str], list[Call]] = defaultdict(list)
     for call in calls:
         groups[call.part, call.size].append(call)
-    _groups[:] = groups.values()
     found = Found()
-    with multiprocessing.get_context("fork").Pool(PROCESSES) as pool:
-        jobs = [(architecture, number) for number in range(len(_groups))]
-        for one in pool.imap_unordered(_compile_group, jobs):
-            found.add(one)
+    for one in forked(_compile_group, [(architecture, group) for group in groups.values()]):
+        found.add(one)
     return found
 
 
-_groups: list[list[Call]] = []  # inherited by forked processes, because calls are not picklable
-
-
-def _compile_group(job: tuple[str, int]) -> Found:
-    architecture, number = job
+def _compile_group(architecture: str, calls: list[Call]) -> Found:
     torch.set_num_threads(1)
-    return Gate(machine_code=True).compile(architecture, _groups[number])
+    return Gate(machine_code=True).compile(architecture, calls)
 
 
 def check_front_end(architectures: list[str], calls: list[Call]) -> Iterator[tuple[str, Found]]:

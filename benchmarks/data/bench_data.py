@@ -238,10 +238,8 @@ def bench_vocabulary(text: Path, rounds: int) -> Row:
 
     def plain() -> None:
         made = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-        made.normalizer, made.pre_tokenizer = (
-            normalizers.BertNormalizer(lowercase=True),
-            pre_tokenizers.BertPreTokenizer(),
-        )
+        made.normalizer = normalizers.BertNormalizer(lowercase=True)
+        made.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
         made.train_from_iterator(
             texts,
             trainers.WordPieceTrainer(vocab_size=8192, show_progress=False, special_tokens=special),

@@ -7,19 +7,18 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 from benchmarks.gpu.items import Item, Part, in_one_line
 from benchmarks.gpu.place import Place
 from benchmarks.gpu.predicted import predicted_ms
-from benchmarks.gpu.proposals import Asked, Proposal, asked, read_proposals, replacing
+from benchmarks.gpu.proposals import Proposal, read_proposals
 from benchmarks.harness.machine import Peak
-from benchmarks.harness.timing import Contender, Times, differentiated, extra_memory, in_turns
-from benchmarks.kernels.cases import Case, arguments, call, leaves, outcome, truth, upstream_of
+from benchmarks.harness.timing import Contender, Times, extra_memory, in_turns
+from benchmarks.kernels.cases import Case, arguments, call, outcome, truth, upstream_of
 from benchmarks.kernels.contenders import that_run
 from benchmarks.kernels.kernel_report import PASSES, rows_of
 from benchmarks.kernels.rivals import Rival
-from benchmarks.kernels.tune import NOISE, Key, Use
+from benchmarks.kernels.tune import NOISE, Asked, Key, Use, asked
 from fastbert_kernels._tiles import Row
 
 OURS, BEST = "triton", "triton, best tiles"
@@ -141,19 +140,7 @@ class Measurement(NamedTuple):
 
     def ours(self, replaced: Sequence[Proposal]) -> Contender:
         """The case, run with these rows in place of the table's."""
-        case, given = self.use.case, self.use.arguments
-
-        def forward() -> Tensor:
-            with replacing(replaced):
-                return call(case, given, "triton")
-
-        plain = differentiated(forward, leaves(case, given), self.use.upstream)
-
-        def backward(result: Tensor) -> object:
-            with replacing(replaced):
-                return plain.backward(result)
-
-        return Contender(forward, backward)
+        return self.use.contender({proposal.key: proposal.row for proposal in replaced})
 
     def runs(self, proposal: Proposal) -> bool:
         """Whether a proposed tile compiles, fits and is right; if not, a line gives the reason."""

@@ -9,19 +9,15 @@ size. "predicted_us" is optional. Further text, such as "note", is for readers.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-
 from benchmarks.gpu.results import Line
-from benchmarks.kernels.cases import Case, call, leaves
 from benchmarks.kernels.tune import NOISE, Key
-from fastbert_kernels._tiles import TABLE, Row, chosen_by, known_architecture
+from fastbert_kernels._tiles import TABLE, Row, known_architecture
 
 FILE = Path(__file__).parents[1] / "kernels/proposed_tiles.json"
 PREDICTED = "predicted_us"
@@ -72,35 +68,6 @@ def _proposal(kernel: str, row: dict[str, Any]) -> Proposal:
         if isinstance(value, int) and not isinstance(value, bool) and name != PREDICTED
     }
     return Proposal(Key(kernel, row["bits"], row["size"]), options, row.get(PREDICTED))
-
-
-class Asked(NamedTuple):
-    """A row of the table that a case uses, and the pass ("forward" or "backward") that uses it."""
-
-    which: str
-    row: Row
-
-
-def asked(case: Case, given: dict[str, Any]) -> dict[Key, Asked]:
-    """All rows that a case uses, found by running it."""
-    found: dict[Key, Asked] = {}
-    which = "forward"
-
-    def note(kernel: str, row: Row) -> Row:
-        found.setdefault(Key(kernel, row["bits"], row["size"]), Asked(which, row))
-        return row
-
-    with chosen_by(note):
-        result = call(case, given, "triton")
-        which = "backward"
-        torch.autograd.grad(result, leaves(case, given), torch.ones_like(result))
-    return found
-
-
-def replacing(proposals: Sequence[Proposal]) -> contextlib.AbstractContextManager[None]:
-    """A context in which these rows replace those of the table."""
-    rows = {proposal.key: proposal.row for proposal in proposals}
-    return chosen_by(lambda kernel, row: rows.get(Key(kernel, row["bits"], row["size"]), row))
 
 
 class Winner(NamedTuple):

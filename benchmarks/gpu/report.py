@@ -25,7 +25,7 @@ from benchmarks.gpu.results import FILE, Line, is_wrong, read
 from benchmarks.harness.children import ROOT
 from benchmarks.harness.record import Record
 from benchmarks.harness.tables_and_plots import table
-from benchmarks.kernels.kernel_report import goals, reached
+from benchmarks.kernels.kernel_report import goals_table
 
 NAME = "report.md"
 CLOCKS = "clocks.csv"
@@ -290,12 +290,7 @@ def aims(lines: Sequence[Line]) -> str:
     ]
     if not found or any(line.get("dry") for line in found):
         return ""
-    rows = [
-        [what, f"{direction} {bound:g}", number(value, "{:.2f}"), reached(goal)]
-        for goal in goals(found)
-        for what, value, direction, bound in [goal]
-    ]
-    return titled("Goals for an H100 or H200", table(("", "wanted", "measured", ""), rows))
+    return titled("Goals for an H100 or H200", goals_table(found, ""))
 
 
 def steps(lines: Sequence[Line]) -> str:

@@ -13,10 +13,10 @@ import torch
 
 from benchmarks.gpu.items import Item, Part, program
 from benchmarks.gpu.measure import DTYPE
-from benchmarks.gpu.proposals import asked, winners
+from benchmarks.gpu.proposals import winners
 from benchmarks.gpu.results import read
 from benchmarks.kernels.cases import Truth
-from benchmarks.kernels.tune import Key, Use, search, uses_of
+from benchmarks.kernels.tune import Key, Use, asked, search, uses_of
 
 # The case in which each kernel is timed; the most expensive kernels first.
 CASES = {

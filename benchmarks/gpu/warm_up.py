@@ -30,10 +30,11 @@ from benchmarks.gpu import attention, operations, smoke
 from benchmarks.gpu.items import in_one_line
 from benchmarks.gpu.measure import DTYPE
 from benchmarks.gpu.place import DRY_ARCHITECTURE, DRY_TOKENS, DRY_VOCABULARY, Place
-from benchmarks.gpu.proposals import Proposal, asked, read_proposals, replacing
+from benchmarks.gpu.proposals import Proposal, read_proposals
 from benchmarks.gpu.results import Results
 from benchmarks.harness import children
 from benchmarks.kernels.cases import Case, arguments, call, leaves
+from benchmarks.kernels.tune import asked, replacing
 from benchmarks.step.made_up_training import Sizes, made_up_batch
 from fastbert.models.bert import BertForPreTraining
 from fastbert.models.heads import losses
@@ -98,7 +99,7 @@ def jobs(architecture: str) -> Iterator[Job]:
 
 def run_case(case: Case, replaced: list[Proposal]) -> None:
     given = arguments(case, DTYPE, CPU)
-    with replacing(replaced):
+    with replacing({proposal.key: proposal.row for proposal in replaced}):
         result = call(case, given, "triton")
         torch.autograd.grad(result, leaves(case, given), torch.ones_like(result))
 

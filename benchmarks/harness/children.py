@@ -29,6 +29,12 @@ def module(name: str, *arguments: str) -> list[str]:
     return [sys.executable, "-m", f"benchmarks.{name}", *arguments]
 
 
+def pretraining(recipe: Path, settings: Mapping[str, object]) -> list[str]:
+    """The command that runs `fastbert pretrain` with these settings of the recipe."""
+    given = [f"{key}={value}" for key, value in settings.items()]
+    return [sys.executable, "-m", "fastbert", "pretrain", str(recipe), *given]
+
+
 def environment() -> dict[str, str]:
     """Environment of the children: this repository on the path, real kernels, no pytest variables.
 

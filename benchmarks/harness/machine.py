@@ -12,10 +12,9 @@ from typing import NamedTuple
 
 import torch
 
+from benchmarks.harness.children import ROOT
 from fastbert.machine import measure_bandwidth, measure_gemm_rate
 from fastbert.planning.plan import GPUS
-
-ROOT = Path(__file__).parents[2]
 
 
 class Peak(NamedTuple):

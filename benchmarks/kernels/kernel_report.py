@@ -194,16 +194,21 @@ def reached(goal: tuple[str, float | None, str, float]) -> str:
     )
 
 
+def goals_table(rows: Sequence[Row], heading: str) -> str:
+    """A table in Markdown: a line for each goal."""
+    lines = []
+    for goal in goals(rows):
+        what, value, direction, bound = goal
+        found = "-" if value is None else f"{value:.2f}"
+        lines.append([what, f"{direction} {bound:g}", found, reached(goal)])
+    return table((heading, "wanted", "measured", ""), lines)
+
+
 def page(device: str, rows: Sequence[Row], peak: Peak) -> str:
     """The page in Markdown: the goals, a line for each of our rows, and what was not measured."""
     lines = ["Kernels", ""]
     if any(name in device for name in GOALS_ARE_FOR):
-        wanted = []
-        for goal in goals(rows):
-            what, value, direction, bound = goal
-            found = "-" if value is None else f"{value:.2f}"
-            wanted.append([what, f"{direction} {bound:g}", found, reached(goal)])
-        lines += [table(("goal on an H100 or H200", "wanted", "measured", ""), wanted), ""]
+        lines += [goals_table(rows, "goal on an H100 or H200"), ""]
     lines += [
         f"Peaks: {peak.flops / 1e12:,.3g} TFLOP/s, {peak.bandwidth / 1e9:,.0f} GB/s, "
         f"{peak.source}. A rate is the least work of the "
@@ -235,11 +240,9 @@ def page(device: str, rows: Sequence[Row], peak: Peak) -> str:
         unit, scale, digits = ("TFLOP/s", 1e12, 1) if row["unit"] == "FLOP/s" else ("GB/s", 1e9, 0)
         if row["unit"] == "FLOP/s" and (row["rate"] or 0) < 1e12:
             unit, scale, digits = "GFLOP/s", 1e9, 0
-        share, ratio, memory = (
-            row["share_of_peak"],
-            row["fastest_rival_over_this"],
-            row["extra_bytes"],
-        )
+        share = row["share_of_peak"]
+        ratio = row["fastest_rival_over_this"]
+        memory = row["extra_bytes"]
         body.append(
             [
                 row["case"],

@@ -35,8 +35,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.harness.cores import one_on_each
+from benchmarks.harness.machine import ROOT
 
-ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "kernels/fastbert_kernels"
 CPU_S = 600  # of the processor; a change that makes a kernel run for ever counts as found
 SWAPS: dict[type, type] = {

@@ -262,11 +262,9 @@ def attention_work(given: dict[str, Any]) -> dict[str, Work]:
         # Every launch has a program for each sequence, which reads its bounds, and the last launch
         # has eight for the rest.
         looks = 16 * len(rows) * (2 if longest > SMALL else 1)
-        forward, backward, flops = (
-            looks + 8 * 4 + row * rest_rows,
-            looks + 8 * 8 + row * (rest_rows + 2 * rest_tokens),
-            [0, 0],
-        )
+        forward = looks + 8 * 4 + row * rest_rows
+        backward = looks + 8 * 8 + row * (rest_rows + 2 * rest_tokens)
+        flops = [0, 0]
         for mine, others in zip(rows, tokens, strict=True):
             block = ITEM if others > SMALL else small
             if mine:  # q, out; k, v
@@ -360,14 +358,10 @@ def attention_work(given: dict[str, Any]) -> dict[str, Work]:
     facts = 12 + 8 * drop  # row_max, inv_sum and delta of a row; the two keys of its mask
     # Operands that do not stay in registers are loaded again.
     again = row if dtype == torch.float32 and dot_precision(dtype) == "ieee" else 0
-    of_forward, of_prepare = (
-        blocks("attention_forward", "BLOCK_Q", "BLOCK_K"),
-        blocks("attention_prepare", "BLOCK_Q", "BLOCK_Q"),
-    )
-    of_dkdv, of_dq = (
-        blocks("attention_dkdv", "BLOCK_K", "BLOCK_Q"),
-        blocks("attention_dq", "BLOCK_Q", "BLOCK_K"),
-    )
+    of_forward = blocks("attention_forward", "BLOCK_Q", "BLOCK_K")
+    of_prepare = blocks("attention_prepare", "BLOCK_Q", "BLOCK_Q")
+    of_dkdv = blocks("attention_dkdv", "BLOCK_K", "BLOCK_Q")
+    of_dq = blocks("attention_dq", "BLOCK_Q", "BLOCK_K")
     bounds_in_reach = 16 if seen else 0  # positions of a tile's first and last query
     return {
         "_forward_kernel": work(
@@ -492,10 +486,8 @@ def table(results: Iterable[Result]) -> str:
                 + (f"{count.flops:16,}{work.flops:16,}" if count.flops else "")
             )
         limit = f", limit {result.gate.limit:.2f}" if result.gate.limit else ""
-        total, distinct = (
-            sum(count.bytes for count in result.counts),
-            sum(count.distinct for count in result.counts),
-        )
+        total = sum(count.bytes for count in result.counts)
+        distinct = sum(count.distinct for count in result.counts)
         line = (
             f"    {total:,} bytes of at least {result.least:,}: {result.ratio:.4f}{limit}; "
             f"distinct {distinct / result.least:.4f}"

@@ -27,12 +27,14 @@ without a GPU.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import json
 import os
 import statistics
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -127,28 +129,32 @@ class Use(NamedTuple):
     truth: Truth
     which: str = "forward"
 
-    def contender(self, key: Key, row: Row) -> Contender:
-        """The case with `row` in place of the table's row for `key`."""
-
-        def choose(kernel: str, found: Row) -> Row:
-            return row if (kernel, found["bits"], found["size"]) == key else found
+    def contender(self, rows: Mapping[Key, Row]) -> Contender:
+        """The case with these rows in place of the table's."""
 
         def forward() -> Tensor:
-            with chosen_by(choose):
+            with replacing(rows):
                 return call(self.case, self.arguments, "triton")
 
         def backward(result: Tensor) -> object:
-            with chosen_by(choose):
+            with replacing(rows):
                 return torch.autograd.grad(result, leaves(self.case, self.arguments), self.upstream)
 
         return Contender(forward, backward)
 
     def error(self, key: Key, row: Row) -> float:
         """The error as a share of the allowed one."""
-        contender = self.contender(key, row)
+        contender = self.contender({key: row})
         result = contender.forward()
         gradients: Any = contender.backward(result)
         return self.truth.share([result.detach(), *gradients])
+
+
+class Asked(NamedTuple):
+    """A row of the table that a case uses, and the pass ("forward" or "backward") that uses it."""
+
+    which: str
+    row: Row
 
 
 class Found(NamedTuple):
@@ -185,26 +191,35 @@ def tiny_cases() -> list[Case]:
     ]
 
 
+def replacing(rows: Mapping[Key, Row]) -> contextlib.AbstractContextManager[None]:
+    """A context in which these rows replace those of the table."""
+    return chosen_by(lambda kernel, row: rows.get(Key(kernel, row["bits"], row["size"]), row))
+
+
+def asked(case: Case, given: dict[str, Any]) -> dict[Key, Asked]:
+    """All rows that a case uses, found by running it. No row serves both passes."""
+    found: dict[Key, Asked] = {}
+    which = "forward"
+
+    def note(kernel: str, row: Row) -> Row:
+        found.setdefault(Key(kernel, row["bits"], row["size"]), Asked(which, row))
+        return row
+
+    with chosen_by(note):
+        result = call(case, given, "triton")
+        which = "backward"
+        torch.autograd.grad(result, leaves(case, given), torch.ones_like(result))
+    return found
+
+
 def uses_of(cases: list[Case], dtype: torch.dtype, device: torch.device) -> dict[Key, list[Use]]:
     """The rows that these cases use, found by running them."""
     found: dict[Key, list[Use]] = {}
     for case in cases:
         given = arguments(case, dtype, device)
-        asked: list[tuple[str, Key]] = []
-        which = "forward"
-
-        def note(kernel: str, row: Row) -> Row:
-            # B023 does not apply, because this is only called within the iteration.
-            asked.append((which, Key(kernel, row["bits"], row["size"])))  # noqa: B023
-            return row
-
-        with chosen_by(note):
-            result = call(case, given, "triton")
-            upstream = upstream_of(result)
-            which = "backward"
-            torch.autograd.grad(result, leaves(case, given), upstream)
+        upstream = upstream_of(call(case, given, "triton"))
         use = Use(case, given, upstream, truth(case, given, upstream))
-        for which, key in dict.fromkeys(asked):
+        for key, (which, _) in asked(case, given).items():
             found.setdefault(key, []).append(use._replace(which=which))
     return found
 
@@ -275,7 +290,7 @@ def time_shares(
     shares: list[list[float]] = [[] for _ in trials]
     for use in uses:
         contenders = {
-            str(number): use.contender(key, row) for number, row in enumerate([present, *trials])
+            str(number): use.contender({key: row}) for number, row in enumerate([present, *trials])
         }
         times = in_turns(contenders, device, SECONDS_A_TRIAL * len(contenders) / len(uses))
         first, *others = [t.spread(use.which).median for t in times.values()]

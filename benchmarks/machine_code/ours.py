@@ -115,10 +115,8 @@ def launches(
         ]
     # The MLM loss.
     steps = math.ceil(size / options["BLOCK_D"])
-    row_tiles, word_tiles = (
-        math.ceil(MASKED / options["BLOCK_M"]),
-        math.ceil(VOCABULARY / options["BLOCK_V"]),
-    )
+    row_tiles = math.ceil(MASKED / options["BLOCK_M"])
+    word_tiles = math.ceil(VOCABULARY / options["BLOCK_V"])
     if table == "mlm_loss_backward":
         return [Launch("", row_tiles * word_tiles, steps)]
     from fastbert_kernels.mlm_loss.kernel import _run

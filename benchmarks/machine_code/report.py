@@ -7,11 +7,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.harness.machine import ROOT
 from benchmarks.harness.tables_and_plots import table
 from benchmarks.kernels.cases import TOKENS
 from benchmarks.machine_code.h100 import DRAM_RATE
 
-ROOT = Path(__file__).parents[2]
 RECORD = ROOT / "benchmarks/results/machine_code.json"
 # Kernels that cannot be compiled with today's packages.
 RECORDED = Path(__file__).with_name("recorded.json")

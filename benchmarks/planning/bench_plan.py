@@ -46,9 +46,10 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from benchmarks.harness.machine import header, header_line
+from benchmarks.harness.machine import ROOT, header, header_line
 from benchmarks.harness.record import Record, Row
 from benchmarks.harness.tables_and_plots import filled, table
+from benchmarks.step.communication import VARIANTS
 from benchmarks.step.made_up_training import Sizes, made_up_batch, model_config
 from fastbert.cluster.group import Group, join
 from fastbert.config import BatchConfig, RunConfig
@@ -69,7 +70,6 @@ from fastbert.recipe import parse_config
 from fastbert.training.ds_config import DeepSpeedSettings
 from fastbert.training.engine import Engine
 
-ROOT = Path(__file__).parents[2]
 BUCKETS = ("reduce_bucket_size", "allgather_bucket_size", "stage3_prefetch_bucket_size")
 LR = 1e-3
 COUNTED = "the counted step"
@@ -312,16 +312,6 @@ def two_ranks(number: int) -> Row:
 
 # ------------------------------------------------------------------------------------ communication
 
-VARIANTS: dict[str, dict[str, Any]] = {  # settings of benchmarks/step/communication.py
-    "": {},
-    "owners": {"use_multi_rank_bucket_allreduce": False},
-    "dropped": {
-        "stage3_max_reuse_distance": 0,
-        "stage3_max_live_parameters": 0,
-        "stage3_param_persistence_threshold": 0,
-    },
-}
-
 
 def recorded_communication(path: Path = ROOT / "benchmarks/results/communication.txt") -> list[Row]:
     """The rows of the record with any communication, and the passes that DeepSpeed requested."""
@@ -344,9 +334,8 @@ def communication_rows() -> list[Row]:
     rows = []
     for found in recorded_communication():
         P, N = 1_000_000, found["ranks"]
-        sent = communication_per_step(
-            P, N, found["stage"], found["micro_batches"], 1, VARIANTS[found["variant"]]
-        )
+        _, zero = VARIANTS[found["variant"]]
+        sent = communication_per_step(P, N, found["stage"], found["micro_batches"], 1, zero)
         predicted, least = (count / (P * (N - 1) / N) for count in sent)
         rows.append(
             {

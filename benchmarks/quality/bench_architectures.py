@@ -29,7 +29,6 @@ from typing import Any
 
 import torch
 
-from benchmarks.harness.cores import one_on_each
 from benchmarks.harness.machine import header
 from benchmarks.harness.record import Record, Row, once
 from benchmarks.harness.tables_and_plots import table
@@ -44,9 +43,9 @@ from benchmarks.quality.bench_downstream import (
     search,
     workers,
 )
-from benchmarks.quality.equal_time import speeds, trained
+from benchmarks.quality.equal_time import speeds, train_each
 from fastbert.config import RunConfig
-from fastbert.recipe import dump_config, load_config
+from fastbert.recipe import load_config
 from fastbert.tasks.finetune import spread
 
 RECIPE: dict[str, Any] = {
@@ -88,23 +87,10 @@ def compared(data: Path, minutes: float, seeds: list[int], out: Path) -> list[Ro
     folder = (out / "architectures").resolve()
     folder.mkdir(parents=True, exist_ok=True)
     sides = recipes(data)
-    for side, config in sides.items():
-        (folder / f"{side}.toml").write_text(dump_config(config), encoding="utf-8")
     speed = once(folder / "speeds.json", lambda: speeds(data, sides))
-
-    def run(job: tuple[int, str]) -> Row:
-        seed, side = job
-        name, tokens = f"{side}-{seed}", int(speed[side] * 60 * minutes)
-        row = once(
-            folder / f"{name}.json",
-            lambda: trained(
-                side, folder / f"{side}.toml", sides[side], seed, tokens, folder / name
-            ),
-        )
-        print(f"seed {seed}, {side}: {row['loss_mlm']:.3f}", flush=True)
-        return {"part": "pre-training", "minutes": minutes, **row}
-
-    return list(one_on_each(run, [(seed, side) for seed in seeds for side in sides]))
+    tokens = {side: int(speed[side] * 60 * minutes) for side in sides}
+    rows = train_each(sides, tokens, seeds, folder)
+    return [{"part": "pre-training", "minutes": minutes, **row} for row in rows]
 
 
 def fine_tuned(texts: Path, seeds: list[int], out: Path, extent: Extent = FULL) -> list[Row]:

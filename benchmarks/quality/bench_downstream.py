@@ -36,7 +36,6 @@ import math
 import multiprocessing
 import os
 import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -46,6 +45,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.harness.children import pretraining
 from benchmarks.harness.machine import ROOT, header
 from benchmarks.harness.record import Record, Row, once, read_record
 from benchmarks.harness.tables_and_plots import OURS, figure_of, save, table
@@ -173,7 +173,8 @@ def fine_tuned(job: Job, model: Path) -> Row:
         "heldout": kept.score,
         "epoch": kept.epoch,
         "epochs": epochs,
-        **test_scores(trial.scores["accuracy"], trial.scores["f1"]),
+        "test_accuracy": trial.scores["accuracy"],
+        "test_f1": trial.scores["f1"],
     }
 
 
@@ -205,12 +206,9 @@ def bag_of_words(job: Job) -> Row:
     return {
         "heldout": scores[best],
         "C": best,
-        **test_scores(accuracy(answers, truth), f1(answers, truth, classes=2)),
+        "test_accuracy": accuracy(answers, truth),
+        "test_f1": f1(answers, truth, classes=2),
     }
-
-
-def test_scores(right: float, mean_f1: float) -> Row:
-    return {"test_accuracy": right, "test_f1": mean_f1}
 
 
 def pretrain(dataset: Path, folder: Path) -> Path:
@@ -225,16 +223,7 @@ def pretrain(dataset: Path, folder: Path) -> Path:
             "stop.tokens": PRETRAINING_TOKENS,
             "stop.seconds": 1e6,
         }
-        command = [
-            sys.executable,
-            "-m",
-            "fastbert",
-            "pretrain",
-            RECIPE,
-            *(f"{key}={value}" for key, value in settings.items()),
-            *resume,
-        ]
-        subprocess.run(list(map(str, command)), check=True)
+        subprocess.run([*pretraining(RECIPE, settings), *resume], check=True)
         finished.touch()
     return made
 

@@ -20,7 +20,7 @@ from benchmarks.harness.cores import run_module
 from benchmarks.harness.machine import header
 from benchmarks.harness.record import Record, Row, once
 from benchmarks.harness.tables_and_plots import table
-from benchmarks.quality.equal_time import speeds, trained
+from benchmarks.quality.equal_time import speeds, train_each
 from fastbert.config import RunConfig
 from fastbert.recipe import load_config
 
@@ -48,24 +48,9 @@ def compared(data: Path, minutes: float, seeds: list[int], out: Path) -> list[Ro
     speed = once(folder / "speeds.json", lambda: speeds(data, sides))
     seconds = sides[INIT].stop.seconds
     assert seconds is not None
-    judge, rows = load_config("demo", {"data": data}), []
-    for seed in seeds:
-        for side, recipe in ((INIT, folder / "recipe.toml"), (DEMO, "demo")):
-            name = f"{'init' if side == INIT else 'demo'}-{seed}"
-            tokens = int(speed[side] * seconds)
-            row = once(
-                folder / f"{name}.json",
-                lambda side=side, recipe=recipe, seed=seed, tokens=tokens, name=name: trained(
-                    side, recipe, judge, seed, tokens, folder / name
-                ),
-            )
-            rows.append({"minutes": minutes, **row})
-            print(
-                f"{data.name}, {minutes:g} minutes, seed {seed}, {side}: "
-                f"{row['loss_mask_token']:.3f} on [MASK]",
-                flush=True,
-            )
-    return rows
+    tokens = {side: int(speed[side] * seconds) for side in sides}
+    rows = train_each(sides, tokens, seeds, folder, judge=load_config("demo", {"data": data}))
+    return [{"minutes": minutes, **row} for row in rows]
 
 
 def comparison_table(rows: list[Row]) -> str:

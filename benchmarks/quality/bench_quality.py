@@ -46,6 +46,7 @@ from benchmarks.harness.cores import one_on_each, run_module
 from benchmarks.harness.machine import ROOT, header
 from benchmarks.harness.record import Record, Row
 from benchmarks.harness.tables_and_plots import colour, figure_of, save, table
+from benchmarks.quality.equal_time import evaluations
 from benchmarks.quality.trainer_rival import (
     PRECISIONS,
     build_model,
@@ -162,16 +163,12 @@ class Bench:
                     values |= {"batch": run.batch, "lr": run.lr} if run.batch else {}
                     settings = [f"--{key}={value}" for key, value in values.items()]
                     run_module("benchmarks.quality.trainer_rival", [*where, *settings], run.name)
-                evaluations = [
-                    record
-                    for record in read_metrics(Path(folder) / "metrics.jsonl")
-                    if record.get("event") == "evaluate"
-                ]
+                found = evaluations(Path(folder))
             if run.side == OURS:  # the last evaluation runs after the time limit
-                evaluations[-1]["training_seconds"] = run.seconds
+                found[-1]["training_seconds"] = run.seconds
             partial = self._file(run).with_suffix(".partial")
             partial.write_text(
-                "".join(json.dumps(record) + "\n" for record in evaluations), encoding="utf-8"
+                "".join(json.dumps(record) + "\n" for record in found), encoding="utf-8"
             )
             partial.replace(self._file(run))
         return run

@@ -23,16 +23,15 @@ from unittest.mock import patch
 
 import torch
 
-from benchmarks.harness.cores import one_on_each
 from benchmarks.harness.machine import header
-from benchmarks.harness.record import Record, Row, once
+from benchmarks.harness.record import Record, Row
 from benchmarks.harness.tables_and_plots import table
-from benchmarks.quality.equal_time import trained
+from benchmarks.quality.equal_time import train_each
 from fastbert.config import RunConfig
 from fastbert.data import block_writer, blocks, corpus_plan, segments
 from fastbert.data.dataset import TokenDataset, open_dataset
 from fastbert.data.prepare import prepare
-from fastbert.recipe import dump_config, load_config
+from fastbert.recipe import load_config
 
 SMALLER = 1024  # than the sizes of `prepare`
 WHOLE = "1 window"
@@ -80,22 +79,8 @@ def compared(
     folder.mkdir(parents=True, exist_ok=True)
     dataset = small_blocks(text, folder / "dataset")
     sides = recipes(dataset, windows)
-    for side, config in sides.items():
-        (folder / f"{side}.toml").write_text(dump_config(config), encoding="utf-8")
-
-    def run(job: tuple[int, str]) -> Row:
-        seed, side = job
-        name = f"{side}-{tokens}-{seed}"
-        row = once(
-            folder / f"{name}.json",
-            lambda: trained(
-                side, folder / f"{side}.toml", sides[side], seed, tokens, folder / name
-            ),
-        )
-        print(f"seed {seed}, {side}: {row['loss_mlm']:.3f}", flush=True)
-        return {"windows": dataset.windows(sides[side].order.window), **row}
-
-    return list(one_on_each(run, [(seed, side) for seed in seeds for side in sides]))
+    rows = train_each(sides, dict.fromkeys(sides, tokens), seeds, folder / f"{tokens}")
+    return [{"windows": dataset.windows(sides[row["side"]].order.window), **row} for row in rows]
 
 
 def windows_table(rows: list[Row]) -> str:

@@ -10,13 +10,13 @@ from __future__ import annotations
 import shutil
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 
-from benchmarks.harness.cores import run_module
-from benchmarks.harness.record import Row
+from benchmarks.harness.cores import one_on_each, run_module
+from benchmarks.harness.record import Row, once
 from fastbert import load
 from fastbert.config import RunConfig
 from fastbert.data.batches import heldout_batches
@@ -25,6 +25,7 @@ from fastbert.heap import keep_heap
 from fastbert.machine import probe_bf16
 from fastbert.models.heads import losses
 from fastbert.planning.step_speed import measure_speed
+from fastbert.recipe import dump_config
 from fastbert.training.heldout import HeldOut, heldout_means, heldout_sums
 from fastbert.training.metrics import read_metrics
 
@@ -48,14 +49,12 @@ def speeds(data: Path, sides: Mapping[str, RunConfig]) -> Row:
     return {side: statistics.median(row[side] for row in found) for side in sides}
 
 
-def trained(
-    side: str, recipe: Path | str, judge: RunConfig, seed: int, tokens: int, run: Path
-) -> Row:
+def trained(side: str, recipe: Path, judge: RunConfig, seed: int, tokens: int, run: Path) -> Row:
     """Train on a number of tokens with one thread, and evaluate.
 
     Args:
         side: its name, for the row.
-        recipe: a file, or the name of a packaged one.
+        recipe: its file.
         judge: its dataset is trained on, and its held-out examples are evaluated.
         seed: of the run.
         tokens: after which the run ends.
@@ -79,11 +78,7 @@ def trained(
         overrides = (f"{key}={value}" for key, value in settings.items())
         run_module("fastbert", ["pretrain", recipe, *overrides], side)
         (run / "done").touch()
-    last = [
-        record
-        for record in read_metrics(run / "metrics.jsonl")
-        if record.get("event") == "evaluate"
-    ][-1]
+    last = evaluations(run)[-1]
     found = heldout(run, judge)
     return {
         "data": data.name,
@@ -95,6 +90,48 @@ def trained(
         "loss_mask_token": found.loss_mask_token,
         "accuracy_nsp": found.accuracy_nsp,
     }
+
+
+def train_each(
+    sides: Mapping[str, RunConfig],
+    tokens: Mapping[str, int],
+    seeds: Sequence[int],
+    folder: Path,
+    judge: RunConfig | None = None,
+) -> list[Row]:
+    """Train each side with each seed, one on each core; a finished run is not repeated.
+
+    Args:
+        sides: the recipes by name.
+        tokens: of a run of each side.
+        seeds: of the runs.
+        folder: for the recipes, the runs (SIDE-SEED) and their rows.
+        judge: as in `trained`; by default the recipe of the side.
+
+    Returns:
+        The rows of `trained`, by seed and side.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for side, config in sides.items():
+        (folder / f"{side}.toml").write_text(dump_config(config), encoding="utf-8")
+
+    def run(job: tuple[int, str]) -> Row:
+        seed, side = job
+        recipe, made = folder / f"{side}.toml", folder / f"{side}-{seed}"
+        row = once(
+            folder / f"{side}-{seed}.json",
+            lambda: trained(side, recipe, judge or sides[side], seed, tokens[side], made),
+        )
+        print(f"seed {seed}, {side}: {row['loss_mlm']:.3f}", flush=True)
+        return row
+
+    return list(one_on_each(run, [(seed, side) for seed in seeds for side in sides]))
+
+
+def evaluations(run: Path) -> list[Row]:
+    """The evaluations of a run, as its metrics.jsonl has them."""
+    records = read_metrics(run / "metrics.jsonl")
+    return [record for record in records if record.get("event") == "evaluate"]
 
 
 @torch.no_grad()

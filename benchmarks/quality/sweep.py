@@ -23,9 +23,9 @@ from benchmarks.harness.cores import one_on_each, run_module
 from benchmarks.harness.machine import header
 from benchmarks.harness.record import Record, Row, once
 from benchmarks.harness.tables_and_plots import table
+from benchmarks.quality.equal_time import evaluations
 from fastbert import load
 from fastbert.data.dataset import TokenDataset, open_dataset
-from fastbert.training.metrics import read_metrics
 
 
 def measured(recipe: Path, folder: Path, settings: str, seconds: float) -> Row:
@@ -60,11 +60,7 @@ def trained(recipe: Path, run: Path, settings: str, seconds: float) -> Row:
     )
     pretrained = load(run, "cpu")
     assert pretrained.recipe is not None
-    last = [
-        record
-        for record in read_metrics(run / "metrics.jsonl")
-        if record.get("event") == "evaluate"
-    ][-1]
+    last = evaluations(run)[-1]
     shutil.rmtree(run)
     return {
         "settings": settings,

@@ -256,10 +256,8 @@ def train(
     """
     transformers.set_seed(config.seed)
     if settings:
-        model, schedule = (
-            build_model(config, dataset.vocab_size),
-            ScheduleConfig(warmup=0.0, decay="linear"),
-        )
+        model = build_model(config, dataset.vocab_size)
+        schedule = ScheduleConfig(warmup=0.0, decay="linear")
         optimizer: dict[str, Any] = {
             "per_device_train_batch_size": settings[0],
             "learning_rate": settings[1],
@@ -267,12 +265,10 @@ def train(
     else:
         torch.manual_seed(config.seed)
         assert isinstance(config.model, BertConfig)
-        model, schedule = (
-            build_model(
-                config, dataset.vocab_size, BertForPreTraining(config.model, dataset.vocab_size)
-            ),
-            config.schedule,
+        model = build_model(
+            config, dataset.vocab_size, BertForPreTraining(config.model, dataset.vocab_size)
         )
+        schedule = config.schedule
         given = config.optimizer
         optimizer = {
             "per_device_train_batch_size": config.batch.sequences,

@@ -53,20 +53,16 @@ from fastbert.recipe import parse_config
 from fastbert.training.ds_config import read_ds_config
 from fastbert.training.engine import Engine
 
-DATA, EMBEDDING, PROJECTIONS, SCORES = (
-    "data",
-    "embedding",
-    "attention: q, k, v, output",
-    "attention: scores, dropout",
-)
-PRODUCTS, GELU, NORM, LOSS, OPTIMIZER, ENGINE = (
-    "feed-forward: products",
-    "feed-forward: GELU",
-    "norm",
-    "loss",
-    "optimizer",
-    "engine, DeepSpeed",
-)
+DATA = "data"
+EMBEDDING = "embedding"
+PROJECTIONS = "attention: q, k, v, output"
+SCORES = "attention: scores, dropout"
+PRODUCTS = "feed-forward: products"
+GELU = "feed-forward: GELU"
+NORM = "norm"
+LOSS = "loss"
+OPTIMIZER = "optimizer"
+ENGINE = "engine, DeepSpeed"
 PARTS = (DATA, EMBEDDING, PROJECTIONS, SCORES, PRODUCTS, GELU, NORM, LOSS, OPTIMIZER, ENGINE)
 
 MODULES: dict[type, str] = {

@@ -14,17 +14,17 @@ from __future__ import annotations
 
 import argparse
 import subprocess
-import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+from benchmarks.harness.children import pretraining
+from benchmarks.harness.machine import ROOT
 from benchmarks.harness.tables_and_plots import table
 from fastbert.training.metrics import read_metrics
 
-ROOT = Path(__file__).parents[2]
 EVERY = 12  # steps
 INTERVAL_S = 300.0
 
@@ -69,26 +69,16 @@ def main() -> None:
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
-        settings = (
-            f"data={given.data}",
-            f"run={run}",
-            f"stop.steps={EVERY * (given.saves + 1)}",
-            f"checkpoint.every={EVERY}",
-        )
-        launcher = (
-            ["-m"]
-            if given.ranks == 1
-            else ["-m", "torch.distributed.run", "--nproc-per-node", str(given.ranks), "-m"]
-        )
-        command = [
-            sys.executable,
-            *launcher,
-            "fastbert",
-            "pretrain",
-            str(ROOT / "fastbert/recipes/mini.toml"),
-            *settings,
-            "evaluate.sequences=64",
-        ]
+        settings = {
+            "data": given.data,
+            "run": run,
+            "stop.steps": EVERY * (given.saves + 1),
+            "checkpoint.every": EVERY,
+            "evaluate.sequences": 64,
+        }
+        python, *command = pretraining(ROOT / "fastbert/recipes/mini.toml", settings)
+        torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", str(given.ranks)]
+        command = [python, *(torchrun if given.ranks > 1 else ()), *command]
         subprocess.run(command, check=True, stdout=subprocess.PIPE)
         usual, found = saves(list(read_metrics(run / "metrics.jsonl")))
         size = sum(

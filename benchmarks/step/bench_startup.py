@@ -25,6 +25,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.harness.children import pretraining
 from benchmarks.harness.machine import ROOT, header
 from benchmarks.harness.record import Record, Row
 from benchmarks.harness.tables_and_plots import table
@@ -86,16 +87,9 @@ def first_step(dataset: Path, folder: Path) -> dict[str, float]:
     """Seconds from the start of `fastbert pretrain` to the end of each phase."""
     run = folder / "run"
     marks = {"setup": run / "config.toml", "engine": run / "log.txt", "step": run / "metrics.jsonl"}
-    settings = (f"data={dataset}", f"run={run}", "stop.steps=1", "evaluate.sequences=1")
+    settings = {"data": dataset, "run": run, "stop.steps": 1, "evaluate.sequences": 1}
+    command = pretraining(ROOT / "fastbert/recipes/demo.toml", settings)
     began, found = time.perf_counter(), {}
-    command = [
-        sys.executable,
-        "-m",
-        "fastbert",
-        "pretrain",
-        ROOT / "fastbert/recipes/demo.toml",
-        *settings,
-    ]
     process = subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )

@@ -49,10 +49,8 @@ def measure(way: str, given: argparse.Namespace) -> list[float]:
     from fastbert.training.parallel_model import ParallelModel
 
     keep_heap()
-    config, dataset = (
-        load_config(given.recipe, {"data": given.data}),
-        open_dataset(given.data, verify=False),
-    )
+    config = load_config(given.recipe, {"data": given.data})
+    dataset = open_dataset(given.data, verify=False)
     at_once = torch.get_num_threads() if way == "processes" else 1
     batches = Batches(dataset, config)
     model = build_model(config.model, dataset.vocab_size).train()

@@ -39,14 +39,13 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.harness.machine import header, header_line
+from benchmarks.harness.machine import ROOT, header, header_line
 from benchmarks.step.made_up_training import Sizes, made_up_batch, model_config
 from fastbert.config import RunConfig, RuntimeConfig
 from fastbert.models.build import build_model
 from fastbert.planning.plan import count_parameters
 from tests.namespaces import Nodes, Unavailable
 
-ROOT = Path(__file__).parents[2]
 SIZES = Sizes("mini", 8192, 512, 64)  # preset, V, tokens of a micro-batch, longest sequence
 WIDTH = 4  # bytes of a gradient or a weight
 WARM_UP, STEPS = 2, 3  # in the first steps stage 3 records its prefetch order

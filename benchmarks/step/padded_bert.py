@@ -44,15 +44,11 @@ class PaddedLayer(nn.Module):
     def __init__(self, config: BertConfig):
         super().__init__()
         size = config.hidden_size
-        self.heads, self.attention_dropout = (
-            config.num_attention_heads,
-            config.attention_probs_dropout_prob,
-        )
+        self.heads = config.num_attention_heads
+        self.attention_dropout = config.attention_probs_dropout_prob
         self.qkv, self.context = nn.Linear(size, 3 * size), nn.Linear(size, size)
-        self.inner, self.outer = (
-            nn.Linear(size, config.intermediate_size),
-            nn.Linear(config.intermediate_size, size),
-        )
+        self.inner = nn.Linear(size, config.intermediate_size)
+        self.outer = nn.Linear(config.intermediate_size, size)
         self.norms = nn.ModuleList(nn.LayerNorm(size, config.layer_norm_eps) for _ in range(2))
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
@@ -74,10 +70,8 @@ class PaddedBert(nn.Module):
         size = config.hidden_size
         self.words, self.segments = nn.Embedding(vocab_size, size), nn.Embedding(2, size)
         self.positions = nn.Embedding(config.max_position_embeddings, size)
-        self.norm, self.dropout = (
-            nn.LayerNorm(size, config.layer_norm_eps),
-            nn.Dropout(config.hidden_dropout_prob),
-        )
+        self.norm = nn.LayerNorm(size, config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
         self.layers = nn.ModuleList(PaddedLayer(config) for _ in range(config.num_hidden_layers))
         self.head = nn.Sequential(
             nn.Linear(size, size), nn.GELU(), nn.LayerNorm(size, config.layer_norm_eps)

@@ -183,10 +183,6 @@ class Bucket:
                     for _ in storage.fetch(self.url / name, self.work / name, length, None):
                         pass
 
-    def copy(self, attempt: Attempt, manifest: Manifest, with_tokenizer: bool = False) -> RunCopy:
-        """A verified copy of a checkpoint on this machine, in the making."""
-        return RunCopy(self.url, attempt, manifest, with_tokenizer)
-
     def upload_records(self, number: int) -> None:
         """Upload what has changed in `work`, but checkpoints; only while start `number` owns it.
 
@@ -263,7 +259,7 @@ def fetch_checkpoint(url: Url, step: int | None = None) -> Checkpoint:
             manifest = bucket.read_manifest(attempt, there)
             problem = manifest if isinstance(manifest, str) else None
             if not isinstance(manifest, str):
-                copy = bucket.copy(attempt, manifest, with_tokenizer=True)
+                copy = RunCopy(url, attempt, manifest, with_tokenizer=True)
                 for _ in copy:
                     pass
                 if (problem := copy.problem) is None:
@@ -277,7 +273,7 @@ def fetch_checkpoint(url: Url, step: int | None = None) -> Checkpoint:
 
 
 class RunCopy:
-    """A copy of a checkpoint, laid out as a run folder; iterated as cache.Copy.
+    """A verified copy of a checkpoint, laid out as a run folder; iterated as cache.Copy.
 
     Attributes:
         run: the folder.
@@ -377,7 +373,7 @@ class BucketLock:
 
 
 class InBucket:
-    """The Destination of a run in a bucket.
+    """The checkpoints of a run in a bucket; the methods are those of saver.OnDisk.
 
     Args:
         bucket: the run.

@@ -84,44 +84,6 @@ class Checkpoint:
         return self.url or str(self.path)
 
 
-def save(
-    folder: Path,
-    step: int,
-    tensors: Iterable[tuple[str, Tensor]],
-    metadata: Mapping[str, Any],
-    keep: int,
-) -> Path:
-    """Write `folder`/step-XXXXXXXX from one process; saver.py does so from many.
-
-    Afterwards it deletes all but the newest `keep` checkpoints.
-
-    Args:
-        folder: the run's checkpoints/; made where it is missing.
-        step: optimizer steps done; a damaged checkpoint of the same step is replaced.
-        tensors: names ("weight/...", "exp_avg/...") and fp32 tensors.
-        metadata: goes into the manifest as JSON.
-        keep: how many checkpoints stay, this one included.
-
-    Returns:
-        The checkpoint's folder.
-
-    Raises:
-        OSError: the disk refused (full, read-only, ...), or another valid checkpoint of that step
-            is there. Nothing half-written is left, and no older checkpoint is touched.
-        ValueError: a number is not finite.
-    """
-    staging = staging_of(folder, step, secrets.token_hex(4))
-    try:
-        path = publish(
-            folder, step, staging, write_share(staging, 0, share_of(0, 1, tensors)), metadata
-        )
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
-    delete(retire(folder, step, keep))
-    return path
-
-
 def staging_of(folder: Path, step: int, token: str) -> Path:
     """The folder in which step-XXXXXXXX is written before it gets that name.
 

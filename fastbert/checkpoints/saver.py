@@ -20,11 +20,12 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor
 
 from fastbert.checkpoints import checkpoint
+from fastbert.checkpoints.bucket import InBucket
 from fastbert.checkpoints.failpoint import reach
 from fastbert.cluster.group import Group
 from fastbert.errors import InputError
@@ -51,44 +52,10 @@ class Saved:
 GIVE_UP_S = 30.0  # how long a run that fails waits for the disk
 
 
-class Destination(Protocol):
-    """Where the checkpoints of a run go. All methods but `sweep` belong to one attempt to save."""
-
-    def sweep(self) -> None:
-        """On rank 0 at the start: delete what processes left that died while they saved."""
-        ...
-
-    def staging(self, step: int, token: str) -> Path:
-        """The folder of an attempt, on a disk of this machine."""
-        ...
-
-    def write(
-        self, staging: Path, rank: int, share: Mapping[str, Tensor]
-    ) -> dict[str, dict[str, Any]]:
-        """On every rank, in a thread: write its share; as `checkpoint.write_share`."""
-        ...
-
-    def publish(
-        self,
-        step: int,
-        staging: Path,
-        files: Mapping[str, Mapping[str, Any]],
-        metadata: Mapping[str, Any],
-    ) -> Place:
-        """On rank 0: make the shares a checkpoint; as `checkpoint.publish`."""
-        ...
-
-    def retire(self, step: int) -> Callable[[], None]:
-        """On rank 0: choose checkpoints that are too old; the result deletes them, in a thread."""
-        ...
-
-    def discard(self, staging: Path, is_main: bool) -> None:
-        """On every rank: delete what was written of an attempt."""
-        ...
-
-
 class OnDisk:
     """Checkpoints on a file system that all ranks see.
+
+    All methods but `sweep` belong to one attempt to save.
 
     Args:
         folder: the run's checkpoints/; made where it is missing.
@@ -99,14 +66,17 @@ class OnDisk:
         self._folder, self._keep = folder, keep
 
     def sweep(self) -> None:
+        """On rank 0 at the start: delete what processes left that died while they saved."""
         checkpoint.sweep(self._folder)
 
     def staging(self, step: int, token: str) -> Path:
+        """The folder of an attempt, on a disk of this machine."""
         return checkpoint.staging_of(self._folder, step, token)
 
     def write(
         self, staging: Path, rank: int, share: Mapping[str, Tensor]
     ) -> dict[str, dict[str, Any]]:
+        """On every rank, in a thread: write its share; as `checkpoint.write_share`."""
         return checkpoint.write_share(staging, rank, share)
 
     def publish(
@@ -116,14 +86,20 @@ class OnDisk:
         files: Mapping[str, Mapping[str, Any]],
         metadata: Mapping[str, Any],
     ) -> Place:
+        """On rank 0: make the shares a checkpoint; as `checkpoint.publish`."""
         return checkpoint.publish(self._folder, step, staging, files, metadata)
 
     def retire(self, step: int) -> Callable[[], None]:
+        """On rank 0: choose checkpoints that are too old; the result deletes them, in a thread."""
         retired = checkpoint.retire(self._folder, step, self._keep)
         return lambda: checkpoint.delete(retired)
 
     def discard(self, staging: Path, is_main: bool) -> None:
+        """On every rank: delete what was written of an attempt."""
         shutil.rmtree(staging, ignore_errors=True)
+
+
+Destination = OnDisk | InBucket  # where the checkpoints of a run go
 
 
 class Saver:

@@ -123,11 +123,9 @@ class Deadline:
             RankLost: the store is gone or does not answer.
         """
         found: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
-        self._end, self._given_up, self._stop_request = (
-            time.monotonic() + self.timeout_s,
-            threading.Event(),
-            stop_request,
-        )
+        self._end = time.monotonic() + self.timeout_s
+        self._given_up = threading.Event()
+        self._stop_request = stop_request
 
         def run() -> None:
             try:

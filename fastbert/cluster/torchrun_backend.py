@@ -38,7 +38,6 @@ if TYPE_CHECKING:
     from torch.distributed import TCPStore
     from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousParameters
 
-NAME = "fastbert"
 # The first and the last are in seconds, the second is a count.
 DEFAULTS = {"keep_alive_interval": 2, "keep_alive_max_attempt": 5, "last_call_timeout": 10}
 JOIN_TIMEOUT_S = 600  # torch's default
@@ -85,7 +84,7 @@ def make_handler(parameters: RendezvousParameters) -> RendezvousHandler:
     try:
         key = find_key()
         store, made = _store(host, port, parameters)
-        state = SignedState(NAME, ask, parameters.run_id, key, made, parameters.endpoint)
+        state = SignedState(ask, parameters.run_id, key, made, parameters.endpoint)
     except InputError as error:
         print(f"fastbert: {error}", file=sys.stderr, flush=True)
         raise SystemExit(2) from None

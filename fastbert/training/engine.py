@@ -28,9 +28,8 @@ import logging
 import math
 import os
 import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any, cast
 
 import torch
@@ -214,16 +213,8 @@ class Engine:
             # In bf16 DeepSpeed searches every gradient for NaN and infinity, with 13 operations
             # each. It then checks their norm, which finds the same.
             cast(Any, self._engine.optimizer).check_overflow = lambda **_: None
-        if self.stage:
-            zero = cast(Any, self._engine.optimizer)
-            # DeepSpeed gives -1 for a norm that is not finite, and before release 0.19.8 takes it
-            # for a norm.
-            for name in ("get_grad_norm_direct", "complete_grad_norm_calculation_for_cpu_offload"):
-                setattr(zero, name, _nan_below_zero(getattr(zero, name)))
         self._norm: float | None = None  # of the gradient that is about to be applied
-        self._optimizer.register_step_pre_hook(self._check_norm)
-        self._optimizer.register_step_post_hook(self._put_back)
-        self._dropped: list[tuple[Tensor, Tensor | None]] = []
+        self._optimizer.register_step_pre_hook(self._read_norm)
         self._allocate_slots(step)
         if self.stage and isinstance(self._optimizer, (Muon, StableAdamW)):
             self._optimizer.use_shares(self._starts(), group)
@@ -316,27 +307,14 @@ class Engine:
             self._optimizer.zero_grad()
         return norm
 
-    def _check_norm(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
-        """Read the norm, and drop the gradient where it is not finite.
+    def _read_norm(self, *_: object) -> None:
+        """Read the norm of the gradient, which is finite: DeepSpeed has dropped any other.
 
         torch calls this before the optimizer takes a step; a later read would wait until the step
-        is done. Before release 0.19.8 DeepSpeed drops no gradient that is NaN. Without gradients
-        the optimizer changes nothing.
+        is done.
         """
-        if not self.stage:
-            return
-        if self._norm is None:
+        if self.stage and self._norm is None:
             self._norm = float(cast(Any, self._engine.optimizer)._global_grad_norm)
-        if not math.isfinite(self._norm):
-            parameters = [p for group in optimizer.param_groups for p in group["params"]]
-            self._dropped = [(p, p.grad) for p in parameters]
-            optimizer.zero_grad()
-
-    def _put_back(self, *_: object) -> None:
-        """Put back the dropped gradients, whose memory DeepSpeed uses again where it offloads."""
-        for parameter, gradient in self._dropped:
-            parameter.grad = gradient
-        self._dropped = []
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[PackedBatch], mask_id: int) -> HeldOut:
@@ -398,12 +376,7 @@ class Engine:
     def __enter__(self) -> Engine:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     @torch.no_grad()
@@ -565,11 +538,3 @@ def _keys(model: Any, inside: list[str]) -> list[str]:
             kind for kind in (kinds, *typing.get_args(kinds)) if hasattr(kind, "model_fields")
         )
     return [field.alias or name for name, field in model.model_fields.items()]
-
-
-def _nan_below_zero(norm_of: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    def norm_or_nan(*args: Any) -> Tensor:
-        norm = norm_of(*args)
-        return torch.where(norm < 0, math.nan, norm)
-
-    return norm_or_nan

@@ -31,7 +31,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -72,12 +72,19 @@ def check_cuda_graphs(recipe: str, device: str, impl: str, stage: int) -> None:
         )
 
 
-class Recorder(Protocol):
-    """Records a function and replays it: CUDA graphs, or a stand-in for tests."""
+class CudaGraphs:
+    """Records functions as CUDA graphs on the current GPU."""
+
+    def __init__(self) -> None:
+        self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
 
     def warm_up(self, function: Callable[[], Any]) -> None:
         """Call the function until a further call compiles and allocates nothing new."""
-        ...
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            for _ in range(WARM_UP):
+                function()
+        torch.cuda.current_stream().wait_stream(self._stream)
 
     def record(
         self, function: Callable[[], Sequence[Tensor]]
@@ -88,25 +95,6 @@ class Recorder(Protocol):
             The tensors that the function returned, and a call that computes their values again, in
             place.
         """
-        ...
-
-
-class CudaGraphs:
-    """Records functions as CUDA graphs on the current GPU."""
-
-    def __init__(self) -> None:
-        self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
-
-    def warm_up(self, function: Callable[[], Any]) -> None:
-        self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream):
-            for _ in range(WARM_UP):
-                function()
-        torch.cuda.current_stream().wait_stream(self._stream)
-
-    def record(
-        self, function: Callable[[], Sequence[Tensor]]
-    ) -> tuple[Sequence[Tensor], Callable[[], None]]:
         graph = torch.cuda.CUDAGraph()
         # "thread_local", since other threads pin batches, write checkpoints and monitor NCCL.
         with torch.cuda.graph(
@@ -121,14 +109,14 @@ class GraphedModel(nn.Module):
 
     Args:
         model: in training mode, on the device.
-        recorder: by default CUDA graphs.
+        recorder: by default a new one; tests have a stand-in where there is no GPU.
 
     Attributes:
         captured: the passes that have been captured, by the shape of their packs.
         replays: how many forward passes have been replayed.
     """
 
-    def __init__(self, model: Model, recorder: Recorder | None = None):
+    def __init__(self, model: Model, recorder: CudaGraphs | None = None):
         super().__init__()
         self.model = model
         self.captured: dict[tuple[int, ...], Captured] = {}
@@ -164,7 +152,7 @@ class Captured:
         parameters: the model's parameters, in the order of the gradients.
     """
 
-    def __init__(self, model: Model, batch: PackedBatch, recorder: Recorder):
+    def __init__(self, model: Model, batch: PackedBatch, recorder: CudaGraphs):
         self.parameters = tuple(model.parameters())
         self._model, device = model, self.parameters[0].device
         self._places = self._parameter_places()

@@ -192,7 +192,7 @@ def _open_run(setup: Setup, group: Group, watchdog: Watchdog, stop_request: Stop
         Prefetch(setup.batches, state.step, group.rank, group.world, setup.at_once) as feed,
     ):
         _introduce(setup, group, engine, monitor, cores)
-        consensus = Consensus(group, watchdog, stop_request, lock, time.monotonic() - state.seconds)
+        consensus = Consensus(group, stop_request, lock, time.monotonic() - state.seconds)
         try:
             for step in range(state.step, state.step + STEPS_AHEAD) if feed.lanes > 1 else ():
                 feed.settle(step, consensus.agree(True, feed.facts(step)).sums)

@@ -13,7 +13,6 @@ from fastbert.checkpoints.ownership import RunLock
 from fastbert.checkpoints.saver import Saved, Saver
 from fastbert.cluster.group import Group
 from fastbert.cluster.signals import StopRequest
-from fastbert.cluster.watchdog import Watchdog
 from fastbert.data.packing import PackedBatch
 from fastbert.data.phases import Phase
 from fastbert.data.prefetch import STEPS_AHEAD, Prefetch
@@ -45,11 +44,10 @@ class Agreement:
 
 
 class Consensus:
-    """Keeps the ranks together: rank 0's clock, stop requests, hang detection, the folder's lock.
+    """Keeps the ranks together: rank 0's clock, stop requests, the folder's lock.
 
     Args:
         group: the run's processes.
-        watchdog: detects hangs.
         stop_request: this process's signals.
         lock: the ownership of the run folder.
         began: when the first step would have begun without interruptions, as `time.monotonic()`.
@@ -58,12 +56,11 @@ class Consensus:
     def __init__(
         self,
         group: Group,
-        watchdog: Watchdog,
         stop_request: StopRequest,
         lock: RunLock | BucketLock,
         began: float,
     ):
-        self.watchdog, self.stop_request, self.lock = watchdog, stop_request, lock
+        self.stop_request, self._lock = stop_request, lock
         self._group, self._began = group, began
         # The sum of a single process stays on the CPU, so that it does not wait for the GPU.
         self._device = group.device if group.world > 1 else torch.device("cpu")
@@ -81,10 +78,6 @@ class Consensus:
         seconds, stop, writing, *sums = self._group.sum(total).tolist()
         return Agreement(seconds, stop > 0, writing == 0, sums)
 
-    def tick(self, what: str) -> None:
-        """Record that this rank makes progress, now with `what`."""
-        self.watchdog.tick(what)
-
     def check_lock(self) -> None:
         """Check, on rank 0, that this start still owns the run folder.
 
@@ -92,7 +85,7 @@ class Consensus:
             LostOwnership: a newer start has taken it over.
         """
         if self._group.is_main:
-            self.lock.check()
+            self._lock.check()
 
 
 class Run:
@@ -147,7 +140,7 @@ class Run:
         """Take the next batch, and apply its gradient if that is finite."""
         state, result = self.state, None
         self._begin_phase()
-        self.consensus.tick(f"step {state.step + 1}")
+        self.group.tick(f"step {state.step + 1}")
         number, packs, waited = next(self.feed)
         started = time.perf_counter()
         lr = self._lr()
@@ -199,7 +192,7 @@ class Run:
         Returns:
             The result of the save; None where nothing was left to save.
         """
-        self.consensus.tick("the last checkpoint")
+        self.group.tick("the last checkpoint")
         if finished and self._found is None and self.state.heldout_loss is None:
             self.evaluate()  # a finished run was started again, and is judged as before
         if self.saver.busy and self.state.applied_since(self._saved):
@@ -287,7 +280,7 @@ class Run:
         if finite and (not self.state.skipped_in_a_row or self._last_applied is None):
             return True
         assert self._last_applied is not None
-        self.consensus.tick("the step that the last checkpoint waits for")
+        self.group.tick("the step that the last checkpoint waits for")
         try:
             # This may change the optimizer's state, but the save has its own copy.
             self.engine.step(self._last_applied, lr=0.0)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fastbert.checkpoints import checkpoint
-from fastbert.checkpoints.bucket import Attempt, Bucket
+from fastbert.checkpoints.bucket import Attempt, Bucket, RunCopy
 from fastbert.checkpoints.checkpoint import Checkpoint
 from fastbert.checkpoints.ownership import CLAIM, RunLock
 from fastbert.cluster.group import Group
@@ -138,7 +138,7 @@ def _open_bucket_run(
             if isinstance(manifest, str):
                 raise InputError(f"{at}: damaged: {manifest}")
             assert manifest is not None
-            copy = bucket.copy(attempt, manifest)
+            copy = RunCopy(bucket.url, attempt, manifest, with_tokenizer=False)
         in_rounds(copy, f"fetching {at}", group)
         problems = [problem for problem in group.gather(copy.problem) if problem]
         if problems:
@@ -152,27 +152,23 @@ def _open_bucket_run(
     complaints = group.broadcast(complaints)
     if complaints:
         raise _none_is_valid(complaints)
-    begin = _begin(config, recipe, datasets, resume, group)
-    return replace(begin, run=bucket.work, bucket=bucket)
+    with group.raise_on_all_ranks():  # there may be no common disk, so every rank opens the parent
+        start = _begin(config, recipe, datasets, resume, bucket.work)
+    return replace(start, bucket=bucket)
 
 
 def _begin(
-    config: RunConfig,
-    recipe: str,
-    datasets: Sequence[TokenDataset],
-    resume: bool,
-    group: Group,
+    config: RunConfig, recipe: str, datasets: Sequence[TokenDataset], resume: bool, run: Path
 ) -> Start:
-    """Where a run in a bucket begins that has no checkpoint of its own."""
+    """Where a run begins that has no checkpoint of its own."""
     start = config.branch_from or "the beginning"
-    notes = [_from_the_beginning(config.run, start)] if resume else []
+    where = f"{config.run}: no checkpoint to resume from; starting from {start}"
+    notes = [where] if resume else []
     if config.branch_from is None:
-        return Start(Path(), None, notes)
-    with group.raise_on_all_ranks():
-        parent = open_parent(config.branch_from, recipe)  # there may be no common disk
-        if group.is_main:
-            notes += check_same_run(config, recipe, datasets, parent, branches=True)
-    return Start(Path(), parent, notes, branches=True)
+        return Start(run, None, notes)
+    parent = open_parent(config.branch_from, recipe)
+    notes += check_same_run(config, recipe, datasets, parent, branches=True)
+    return Start(run, parent, notes, branches=True)
 
 
 def open_run(
@@ -195,13 +191,7 @@ def open_run(
     _check_folder(run, place)
     if not checkpoint.exists(run):
         _check_nothing_is_lost(run, place, resume)
-        start = "the beginning" if config.branch_from is None else config.branch_from
-        notes = [_from_the_beginning(run, start)] if resume else []
-        if config.branch_from is None:
-            return Start(run, None, notes)
-        parent = open_parent(config.branch_from, recipe)
-        changes = check_same_run(config, recipe, datasets, parent, branches=True)
-        return Start(run, parent, [*notes, *changes], branches=True)
+        return _begin(config, recipe, datasets, resume, run)
     if not resume:
         raise _resume_is_missing(place)
     found, notes = checkpoint.newest_valid(run)
@@ -224,10 +214,6 @@ def _none_is_valid(complaints: list[str]) -> InputError:
         f"{complaints[0]}; no valid checkpoint is left there; "
         "give another folder by run=... to start a new run"
     )
-
-
-def _from_the_beginning(run: object, start: str = "the beginning") -> str:
-    return f"{run}: no checkpoint to resume from; starting from {start}"
 
 
 def _check_folder(run: Path, place: str) -> None:
