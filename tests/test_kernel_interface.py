@@ -15,6 +15,7 @@ from fastbert.errors import InputError
 from fastbert.models.bert import BertForPreTraining
 from fastbert_kernels import (
     _checks,
+    _linear,
     add_layer_norm,
     bias_geglu,
     bias_gelu,
@@ -193,3 +194,41 @@ def test_head_sizes_that_triton_does_not_take():
     found = varlen_attention(*padded, bounds, 3, scale=24**-0.5, impl="triton")[..., :24]
     wanted = varlen_attention(q, k, v, bounds, 3, impl="reference")
     torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_a_second_derivative_is_right_or_refused(name):
+    """Also where the incoming gradient is constant, as after a loss; linear has no reference."""
+    spec = SPECS[name]
+    arguments = spec.inputs(spec.shapes[2], torch.float64, 0.0)
+    trained = [
+        value.requires_grad_()
+        for value in arguments.values()
+        if isinstance(value, torch.Tensor) and value.is_floating_point()
+    ]
+
+    def penalty(impl):
+        outputs = spec.function(**arguments, impl=impl)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        loss = sum(o.sum() for o in outputs if o.requires_grad)
+        first = torch.autograd.grad(loss, trained, create_graph=True, allow_unused=True)
+        total = loss + sum(g.square().sum() for g in first if g is not None)
+        return torch.autograd.grad(total, trained, allow_unused=True)
+
+    wanted = penalty("reference")
+    assert any(gradient is not None and gradient.any() for gradient in wanted)
+    try:
+        found = penalty("cpu")
+    except RuntimeError as error:
+        assert "create_graph=True asks for second derivatives" in str(error)
+    else:
+        torch.testing.assert_close(found, wanted)
+
+
+def test_a_linear_layer_refuses_a_second_derivative():
+    x, weight = torch.randn(20, 16, requires_grad=True), torch.randn(8, 16, requires_grad=True)
+    loss = _linear._Rounded.apply(x, weight, None, torch.nn.functional.linear).sum()
+    with pytest.raises(RuntimeError, match="Rounded: create_graph=True"):
+        torch.autograd.grad(loss, [x, weight], create_graph=True)
+    loss.backward()  # the first derivative is there
+    assert weight.grad is not None and weight.grad.any()

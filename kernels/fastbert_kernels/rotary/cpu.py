@@ -10,9 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from fastbert_kernels._function import Function, Gradients
+from fastbert_kernels._function import Function, Gradients, backward_once
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
@@ -41,7 +40,7 @@ class _Rotary(Function):
         return q, k, qkv[:, 2]
 
     @staticmethod
-    @once_differentiable
+    @backward_once
     def backward(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor) -> Gradients:
         position_ids, table = ctx.saved_tensors
         cos, sin = _angles(position_ids, table, dq.dtype)
