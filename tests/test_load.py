@@ -34,6 +34,8 @@ from fastbert.tasks.export import export
 from fastbert.tasks.pretrained import TextCutWarning
 from tests.ranks import environment
 
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a21\nsize 12345\n"
+
 
 @pytest.fixture(scope="module")
 def original(tmp_path_factory) -> Path:
@@ -320,6 +322,17 @@ POOLER = "bert.pooler.dense.weight"
             ["model.safetensors", "cannot be read as safetensors"],
         ),
         (replace("model.safetensors", b""), ["model.safetensors", "cannot be read as safetensors"]),
+        (replace("model.safetensors", POINTER), ["model.safetensors", "Git LFS", "git lfs pull"]),
+        (replace("tokenizer.json", POINTER), ["tokenizer.json", "Git LFS", "git lfs pull"]),
+        (replace("config.json", POINTER), ["config.json", "Git LFS", "git lfs pull"]),
+        (
+            rewrite(lambda s: s.update({POOLER: (s[POOLER] * 100).to(torch.int8)})),
+            ["model.safetensors", POOLER, "holds int8", "quantized", "fp32"],
+        ),
+        (
+            rewrite(lambda s: s.update({POOLER: s[POOLER] > 0})),
+            ["model.safetensors", POOLER, "holds bool"],
+        ),
         (
             rewrite(lambda s: s.update({POOLER: s[POOLER][:-1].clone()})),
             ["model.safetensors", POOLER, "[31, 32]"],

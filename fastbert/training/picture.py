@@ -59,7 +59,7 @@ def own_style(settings: Mapping[str, Any] = MappingProxyType({})) -> Iterator[No
     import matplotlib
 
     # The backend is chosen by the class of the canvas; matplotlib warns where it is set here.
-    defaults = {k: v for k, v in matplotlib.rcParamsDefault.items() if "backend" not in k}
+    defaults: Any = {k: v for k, v in matplotlib.rcParamsDefault.items() if "backend" not in k}
     with matplotlib.rc_context(defaults | dict(settings)):
         yield
 
