@@ -463,6 +463,29 @@ def test_what_is_no_model_at_all(tmp_path):
             fastbert.load(tmp_path / path)
 
 
+@pytest.mark.parametrize(
+    ("inside", "beside", "words"),
+    [
+        ("snapshots/0123abc", "refs/main", r"models are in it: snapshots/0123abc; give the folder"),
+        ("checkpoint-500", "trainer_state.json", r"models are in it: checkpoint-500; give"),
+        ("0_Transformer", "modules.json", r"0_Transformer; give .* pool that 1_Pooling/config.js"),
+        ("", "adapter_config.json", r"an adapter of PEFT; merge it into its model"),
+        ("", "bert_config.json", r"a BERT of Google's code; convert its weights"),
+    ],
+)
+def test_a_folder_around_a_model(original, tmp_path, inside, beside, words):
+    top = tmp_path / "top"
+    if inside:
+        shutil.copytree(original, top / inside)
+    for name in (beside, "1_Pooling/config.json"):
+        (top / name).parent.mkdir(parents=True, exist_ok=True)
+        (top / name).write_text("{}")
+    with pytest.raises(InputError, match=f"^{top}: neither a run .*{words}"):
+        fastbert.load(top)
+    if inside:
+        assert fastbert.load(top / inside).encode("a").shape == (32,)
+
+
 def test_other_names_of_the_package_are_unknown():
     with pytest.raises(AttributeError, match="nonsense"):
         fastbert.nonsense  # noqa: B018
