@@ -230,6 +230,19 @@ def test_long_texts_are_cut_and_said_so_once(original):
         np.testing.assert_allclose(model.encode([kept]), vectors[:1], atol=1e-5)
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_the_side_that_a_tokenizer_cuts(hf, side):
+    """As with transformers, whose AutoTokenizer follows the same setting."""
+    edit("tokenizer_config.json", truncation_side=side)(hf)
+    model, theirs = fastbert.load(hf), AutoTokenizer.from_pretrained(hf)
+    texts = [" ".join(TEXTS) * 5, "a short text", " ".join(reversed(TEXTS)) * 5]
+    with pytest.warns(TextCutWarning, match="2 of 3 texts"):
+        ids = model._ids(texts)
+    wanted = theirs(texts, truncation=True, max_length=model.max_length)["input_ids"]
+    assert [[model.special.cls, *found, model.special.sep] for found in ids] == wanted
+    assert len(wanted[0]) == model.max_length > len(wanted[1])
+
+
 def edit(file: str, **changes):
     """Change these keys of a JSON file, or remove them where the value is None."""
 
