@@ -170,3 +170,12 @@ def test_a_pointer_to_a_file_that_was_not_fetched(
     (tmp_path / name).write_text(pointer)
     with pytest.raises(InputError, match=rf"{name}: cannot be read: {words}"):
         list(read_documents([tmp_path / name]))
+
+
+def test_a_folder_of_json_files_alone(tmp_path: Path) -> None:
+    """As Spark writes them: an object per line, and nothing that says so."""
+    (tmp_path / "part-0.json").write_text('{"text": "One."}\n{"text": "Two."}\n')
+    (tmp_path / "_SUCCESS").touch()
+    with pytest.raises(InputError, match=r"its \.json files are read with --format json"):
+        find_sources([tmp_path])
+    assert list(read_documents([tmp_path], "json")) == ["One.", "Two."]

@@ -1,4 +1,4 @@
-"""Reads what a sentence-transformers folder says about vectors: pooling, normalization, length."""
+"""What a sentence-transformers folder says about vectors: pooling, normalization, length."""
 
 from __future__ import annotations
 
@@ -84,6 +84,30 @@ def read_vector_settings(folder: Path, lowercase: bool) -> VectorSettings:
     elif _read(folder / "sentence_bert_config.json").get("do_lower_case") and not lowercase:
         problem = f"{folder}: lower-casing before a cased tokenizer"
     return replace(settings, pool=settings.pool if problem else pools[0], problem=problem)
+
+
+def write_vector_settings(folder: Path, settings: VectorSettings, size: int, length: int) -> None:
+    """Write the files that `read_vector_settings` reads, as sentence-transformers does.
+
+    Args:
+        folder: a Hugging Face folder.
+        settings: without a problem.
+        size: of a vector.
+        length: the most tokens of a text.
+    """
+    modules = [("Transformer", ""), ("Pooling", "1_Pooling"), ("Normalize", "2_Normalize")]
+    listed = [
+        {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
+        for i, (kind, path) in enumerate(modules[: 3 if settings.normalize else 2])
+    ]
+    chosen = {key: pool == settings.pool for key, pool in _OLDER.items() if pool in _POOLS}
+    (folder / "1_Pooling").mkdir()
+    for name, values in {
+        MODULES: listed,
+        "1_Pooling/config.json": {"word_embedding_dimension": size, **chosen},
+        "sentence_bert_config.json": {"max_seq_length": length, "do_lower_case": False},
+    }.items():
+        (folder / name).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
 def read_max_length(folder: Path, positions: int) -> int:

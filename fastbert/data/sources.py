@@ -113,7 +113,7 @@ def find_sources(
                 else:
                     left_out.append(item if isinstance(item, LeftOut) else _left_out(item))
             if not found:
-                raise _nothing_in(path, text_format)
+                raise _nothing_in(path, text_format, left_out)
         else:
             found = [file_source(path, text_format)]
         for source in found:
@@ -173,7 +173,7 @@ def _remote_sources(url: Url, text_format: str | None, left_out: list[LeftOut]) 
         else:
             left_out.append(_left_out(url / name))
     if not found:
-        raise _nothing_in(url, text_format)
+        raise _nothing_in(url, text_format, left_out)
     return found
 
 
@@ -334,10 +334,12 @@ def _left_out(path: Place) -> LeftOut:
     return LeftOut(path, JSON if suffix == ".json" else SUFFIX)
 
 
-def _nothing_in(folder: Place, text_format: str | None) -> InputError:
+def _nothing_in(folder: Place, text_format: str | None, left_out: Sequence[LeftOut]) -> InputError:
     """Return the error for a folder without a file to read."""
     advice = "name a file or another folder"
-    if text_format is None:
+    if any(item.reason == JSON for item in left_out):
+        advice = "its .json files are read with --format json, also where each line is an object"
+    elif text_format is None:
         advice += ", or add --format to read files without a suffix"
     return InputError(
         f"{folder}: no file in this folder ends in {_suffixes(text_format)}; {advice}"
