@@ -196,35 +196,6 @@ def test_head_sizes_that_triton_does_not_take():
     torch.testing.assert_close(found, wanted)
 
 
-@pytest.mark.parametrize("name", SPECS)
-def test_a_second_derivative_is_right_or_refused(name):
-    """Also where the incoming gradient is constant, as after a loss; linear has no reference."""
-    spec = SPECS[name]
-    arguments = spec.inputs(spec.shapes[2], torch.float64, 0.0)
-    trained = [
-        value.requires_grad_()
-        for value in arguments.values()
-        if isinstance(value, torch.Tensor) and value.is_floating_point()
-    ]
-
-    def penalty(impl):
-        outputs = spec.function(**arguments, impl=impl)
-        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-        loss = sum(o.sum() for o in outputs if o.requires_grad)
-        first = torch.autograd.grad(loss, trained, create_graph=True, allow_unused=True)
-        total = loss + sum(g.square().sum() for g in first if g is not None)
-        return torch.autograd.grad(total, trained, allow_unused=True)
-
-    wanted = penalty("reference")
-    assert any(gradient is not None and gradient.any() for gradient in wanted)
-    try:
-        found = penalty("cpu")
-    except RuntimeError as error:
-        assert "create_graph=True asks for second derivatives" in str(error)
-    else:
-        torch.testing.assert_close(found, wanted)
-
-
 def test_a_linear_layer_refuses_a_second_derivative():
     x, weight = torch.randn(20, 16, requires_grad=True), torch.randn(8, 16, requires_grad=True)
     loss = _linear._Rounded.apply(x, weight, None, torch.nn.functional.linear).sum()
