@@ -75,11 +75,12 @@ def load(path: str | Path, device: str | None = None) -> Pretrained:
     with _in_python():
         _check_type("path", path, str | os.PathLike)
         _check_type("device", device, str | None)
+        from fastbert.storage import expanded
         from fastbert.tasks.load import load
         from fastbert.torch_defaults import torch_defaults
 
         with torch_defaults():
-            return load(os.path.expanduser(path), device)
+            return load(expanded(path), device)
 
 
 def prepare(sources: str | Path | Iterable[str | Path], out: str | Path, **options: Any) -> Report:
@@ -104,7 +105,8 @@ def prepare(sources: str | Path | Iterable[str | Path], out: str | Path, **optio
     """
     from fastbert.data.prepare import Options, prepare
     from fastbert.data.remote_dataset import uploading
-    from fastbert.storage import Url, place
+    from fastbert.recipe import plain
+    from fastbert.storage import Url, expanded, place
 
     with _in_python():
         if isinstance(sources, bytes) or not isinstance(sources, (str, os.PathLike, Iterable)):  # pyright: ignore[reportUnnecessaryIsInstance]
@@ -115,16 +117,18 @@ def prepare(sources: str | Path | Iterable[str | Path], out: str | Path, **optio
         if not paths:
             raise InputError("sources is empty; give a text file or a folder")
         _check_type("out", out, str | os.PathLike)
+        options = {n: v if isinstance(v, os.PathLike) else plain(v) for n, v in options.items()}
         if isinstance(without := options.get("without"), str | os.PathLike):
             options["without"] = [without]
         _check_options(Options, options)
         for i, path in enumerate(options.get("without", ())):
             _check_type(f"without[{i}]", path, str | os.PathLike)
-        options["without"] = tuple(map(os.path.expanduser, options.get("without", ())))
+        options["without"] = tuple(map(expanded, options.get("without", ())))
+        if options.get("tokenizer") is not None:
+            options["tokenizer"] = expanded(options["tokenizer"])
         keep_heap()
-        # "~" is expanded by a shell, and here there is none.
-        paths = [os.path.expanduser(path) for path in paths]
-        at = place(os.path.expanduser(out))
+        paths = [expanded(path) for path in paths]
+        at = place(expanded(out))
         if isinstance(at, Url):
             with uploading(at, paths, options, add=bool(options.get("add"))) as made:
                 return prepare(paths, made, **options)

@@ -21,10 +21,8 @@ DONE, FAILED, BAD_INPUT = 0, 1, 2
 TAKES_ANY_TEXT = ("fill-mask", "nsp")  # the arguments of these commands may be empty
 
 # Errors of the system that come from the user's disk or permissions, not from a bug.
-SYSTEM_ERRORS = {
-    errno.ENOSPC,
-    errno.EDQUOT,
-    errno.EFBIG,
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+SYSTEM_ERRORS = FULL | {
     errno.EACCES,
     errno.EPERM,
     errno.EROFS,
@@ -127,7 +125,8 @@ def run(app: Any, arguments: Sequence[str]) -> int:
             raise
         # Files that are written are named; see `durable.named`.
         place = error.filename or "standard output"
-        return say(f"{place}: {error.strerror}; free disk space or choose another path", BAD_INPUT)
+        advice = "free disk space or " if error.errno in FULL else ""
+        return say(f"{place}: {error.strerror}; {advice}choose another path", BAD_INPUT)
     except KeyboardInterrupt:
         return say("interrupted", 130)
     except Exception as error:

@@ -37,14 +37,14 @@ from fastbert.config import (
 from fastbert.errors import InputError
 from fastbert.recipe_checks import check_config
 from fastbert.regular_file import read_text
-from fastbert.storage import Place, as_text, is_url, place, read
+from fastbert.storage import Place, as_text, expanded, is_url, place, read
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
 
-PATHS = ("data", "run", "init", "branch_from", "runtime.deepspeed")  # keys that may begin with ~
+PATHS = ("data", "run", "init", "branch_from", "runtime.deepspeed")  # may hold ~ and variables
 PACKAGED = Path(__file__).parent / "recipes"  # the recipes that fastbert brings along
 DEEPSPEED = PACKAGED / "ds_config.json"  # DeepSpeed's settings where a recipe names no file
 COMMAND_LINE = "command line"  # in messages: where a value came from
@@ -222,24 +222,24 @@ def _merge(
             _set(values, key, None, origin, sources, table=True)
             _merge(values, cast("Mapping[str, Any]", value), f"{key}.", origin, sources)
         else:
-            _set(values, key, _plain(value), origin, sources)
+            _set(values, key, plain(value), origin, sources)
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """The value as TOML would give it: paths as text, and numbers of NumPy as Python's own."""
     if isinstance(value, os.PathLike):
         return os.fspath(cast("os.PathLike[str]", value))
-    if isinstance(value, bool):
-        return value
+    if isinstance(value, bool) or type(value).__name__ in ("bool", "bool_"):  # NumPy's
+        return bool(value)
     if isinstance(value, numbers.Integral):
         return int(value)
     if isinstance(value, numbers.Real):
         return float(value)
     if isinstance(value, Mapping):  # in a list, such as a source of a mixture
         tables = cast("Mapping[Any, Any]", value)
-        return {name: _plain(v) for name, v in tables.items() if v is not None}
+        return {name: plain(v) for name, v in tables.items() if v is not None}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in cast("Sequence[Any]", value)]
+        return [plain(item) for item in cast("Sequence[Any]", value)]
     return value
 
 
@@ -430,7 +430,7 @@ def _value(spec: dataclasses.Field[Any], hint: Any, value: Any, key: str, where:
             raise wrong("a string that is not empty" + or_list)
         if key in PATHS or spec.name == "path":
             try:
-                value = os.path.expanduser(as_text(value))
+                value = expanded(as_text(value))
             except InputError as error:
                 raise InputError(f"{where}: {key}: {error}") from None
         options = spec.metadata.get("options")

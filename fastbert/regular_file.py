@@ -16,6 +16,12 @@ from pathlib import Path
 # Far more than any manifest, recipe or vocabulary has, and read in a fraction of a second.
 LARGEST = 256 << 20
 
+# What stands in a clone for a file that was not fetched, and the command that fetches it.
+_POINTERS = {
+    b"version https://git-lfs.github.com/spec/": ("Git LFS", "git lfs pull"),
+    b"/annex/objects/": ("git-annex", "git annex get"),
+}
+
 
 def open_regular(path: str | Path, follow: bool = True) -> BufferedReader:
     """Open a regular file for reading.
@@ -25,7 +31,8 @@ def open_regular(path: str | Path, follow: bool = True) -> BufferedReader:
         follow: whether a link is followed; without it, a link raises ELOOP.
 
     Raises:
-        OSError: it cannot be opened, or is no regular file; `strerror` says so in words.
+        OSError: it cannot be opened, is no regular file, or was not fetched; `strerror` says so in
+            words.
     """
     flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | (0 if follow else os.O_NOFOLLOW)
     try:
@@ -34,11 +41,27 @@ def open_regular(path: str | Path, follow: bool = True) -> BufferedReader:
         raise OSError(errno.EINVAL, str(error), str(path)) from None
     mode = os.fstat(descriptor).st_mode
     if stat.S_ISREG(mode):
-        return open(descriptor, "rb")
+        return fetched(open(descriptor, "rb"), path)
     os.close(descriptor)
     if stat.S_ISDIR(mode):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     raise OSError(errno.EINVAL, "not a regular file", str(path))
+
+
+def fetched(file: BufferedReader, path: str | Path) -> BufferedReader:
+    """Return a file that was opened just now.
+
+    Raises:
+        OSError: it is a pointer to the real file, which git alone does not fetch. As text it would
+            be read without a word, as anything else it would look damaged.
+    """
+    head = file.peek(64)
+    for begin, (what, command) in _POINTERS.items():
+        if head.startswith(begin):
+            file.close()
+            reason = f"a pointer of {what} in place of the file; fetch the file with {command}"
+            raise OSError(errno.ENODATA, reason, str(path))
+    return file
 
 
 def read_bytes(path: str | Path, follow: bool = True) -> bytes:

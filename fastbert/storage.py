@@ -29,7 +29,7 @@ from typing import Any, TypeVar
 
 from fastbert.errors import InputError
 from fastbert.presence import names_in, status
-from fastbert.regular_file import LARGEST, read_bytes
+from fastbert.regular_file import LARGEST, fetched, read_bytes
 
 T = TypeVar("T")
 
@@ -41,6 +41,7 @@ AT_ONCE = 8  # requests
 READ_AHEAD = 16 << 20  # bytes that a stream asks for at a time
 
 _URL = re.compile(r"([a-z][a-z0-9+.-]+)://(.*)", re.DOTALL)
+_VARIABLE = re.compile(r"\$(?:([A-Z_][A-Z0-9_]*)\b|\{([A-Za-z_]\w*)\})")
 # The package and the extra of this project that open a kind of URL.
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs"}
 # Errors of the libraries that mean that nobody has said who we are, by name.
@@ -136,6 +137,25 @@ def as_text(text: str) -> str:
         InputError: as `place`.
     """
     return str(place(text)) if _URL.fullmatch(text) else text
+
+
+def expanded(path: str | os.PathLike[str]) -> str:
+    """Return a path with ~ and variables such as $SCRATCH replaced, as by a shell.
+
+    A recipe and Python have no shell, and a folder named "$SCRATCH" would fill the wrong disk. A
+    name in small letters or digits is a variable in braces only: a run may be called cost_$5.
+
+    Raises:
+        InputError: a variable that is not set.
+    """
+
+    def value(found: re.Match[str]) -> str:
+        name = found[1] or found[2]
+        if (known := os.environ.get(name)) is None:
+            raise InputError(f"{os.fspath(path)}: the variable {name} is not set; set it")
+        return known
+
+    return os.path.expanduser(_VARIABLE.sub(value, os.fspath(path)))
 
 
 @contextlib.contextmanager
@@ -275,10 +295,11 @@ def open_reading(at: Place, ahead: int = READ_AHEAD) -> io.BufferedReader:
         ahead: how many bytes of an object are asked for at a time.
 
     Raises:
-        OSError: from this call or a later one: there is none, or the store does not answer.
+        OSError: from this call or a later one: there is none, it is a pointer to a file that was
+            not fetched, or the store does not answer.
     """
     if isinstance(at, Path):
-        return open(at, "rb")
+        return fetched(open(at, "rb"), at)
     length = size(at)
     if length is None:
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(at))

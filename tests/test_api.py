@@ -135,6 +135,37 @@ def test_paths_may_begin_with_the_home_folder(tmp_path, monkeypatch):
         fastbert.load("~/data")
 
 
+def test_variables_in_paths(tmp_path, monkeypatch):
+    """As a shell replaces them: a folder named $SCRATCH would be on the wrong disk."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SCRATCH", str(tmp_path / "big"))
+    monkeypatch.setenv("user_1", "ann")
+    monkeypatch.delenv("NOWHERE", raising=False)
+    for written in ("$SCRATCH/${user_1}/runs", "${SCRATCH}/ann/runs"):
+        assert load_config("mini", {"data": "d", "run": written}).run == f"{tmp_path}/big/ann/runs"
+    for written in ("cost_$5_vs_$6", "a$b", "$", "$user_1", "x_$"):
+        assert load_config("mini", {"data": "d", "run": written}).run == written
+    listed = {"data": [{"path": "$SCRATCH/d"}], "init": "$SCRATCH/i"}
+    config = load_config("mini", listed)
+    assert (config.sources[0].path, config.init) == (f"{tmp_path}/big/d", f"{tmp_path}/big/i")
+    (tmp_path / "big").mkdir()
+    (tmp_path / "big/a.txt").write_text("One text. It has two sentences.\n\nAnother one.\n")
+    size = np.int64(100)
+    fastbert.prepare("$SCRATCH/a.txt", "$SCRATCH/data", vocab_size=size, progress=np.bool_(False))
+    again = {"tokenizer": "$SCRATCH/data/tokenizer", "workers": np.int32(1), "progress": False}
+    fastbert.prepare("$SCRATCH/a.txt", "$SCRATCH/again", heldout=np.float32(0.25), **again)
+    assert (tmp_path / "big/again/manifest.json").is_file()
+    for call in (
+        lambda: load_config("mini", {"data": "$NOWHERE/d"}),
+        lambda: fastbert.prepare("$NOWHERE/a.txt", "out"),
+        lambda: fastbert.prepare("$SCRATCH/a.txt", "/mnt/${NOWHERE}/out"),
+        lambda: fastbert.load("$NOWHERE/run"),
+    ):
+        with pytest.raises(fastbert.InputError, match="the variable NOWHERE is not set"):
+            call()
+    assert [path.name for path in tmp_path.iterdir()] == ["big"]
+
+
 def test_resume(recipe):
     fastbert.pretrain(recipe)
     with pytest.raises(fastbert.InputError, match="holds a run with checkpoints"):

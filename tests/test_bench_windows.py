@@ -11,6 +11,7 @@ import pytest
 from benchmarks.quality.bench_windows import (
     WHOLE,
     difference,
+    main,
     recipes,
     side_of,
     small_blocks,
@@ -57,3 +58,13 @@ def test_both_sides_have_the_same_blocks_and_other_windows(tmp_path: Path) -> No
     assert windows[side_of(4)] == count // (count // 4) >= 4
     assert windows[side_of(16)] == count // (count // 16) >= 16
     assert small_blocks(text, tmp_path / "dataset").sha256 == dataset.sha256
+
+
+@pytest.mark.parametrize("windows", ["0", "1", "-4"])
+def test_less_than_two_windows_are_refused(tmp_path, monkeypatch, capsys, windows: str) -> None:
+    out = tmp_path / "out"
+    monkeypatch.setattr("sys.argv", ["x", "x.txt", "--out", str(out), "--windows", "4", windows])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2 and not out.exists()
+    assert "--windows: give numbers of two or more" in capsys.readouterr().err

@@ -202,7 +202,7 @@ MORE = {
     "embed: out": (["embed", "hf", "texts.txt", "--out", "x.txt"], ["--out x.txt", ".npy"]),
     "export: no permission": (
         ["export", "hf", "--out", "/sys/new"],
-        ["/sys/", "choose another path"],
+        ["/sys/", "; choose another path"],  # no space on it would help
     ),
     "finetune: settings": (
         ["finetune", "hf", "--train", "train.csv", "--eval", "eval.csv", "--lr", "0"],

@@ -135,6 +135,8 @@ def test_formats(
         pyarrow.string_view(),
         pyarrow.dictionary(pyarrow.int32(), pyarrow.string()),
         pyarrow.dictionary(pyarrow.int8(), pyarrow.large_string()),
+        pyarrow.binary(),  # of Impala, Hive and early Spark, which do not mark text as such
+        pyarrow.large_binary(),
     ],
 )
 def test_parquet(tmp_path: Path, kind: pyarrow.DataType) -> None:
@@ -211,7 +213,9 @@ def test_a_folder_of_save_to_disk(tmp_path: Path) -> None:
         find_sources([tmp_path / "plain"])
 
 
-@pytest.mark.parametrize("kind", ["string", "large_string", "string_view", "dictionary"])
+@pytest.mark.parametrize(
+    "kind", ["string", "large_string", "string_view", "dictionary", "binary", "large_binary"]
+)
 @pytest.mark.parametrize("form", ["stream", "file"])
 def test_arrow_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, form: str) -> None:
     monkeypatch.setattr(documents, "CHUNK_BYTES", 100)

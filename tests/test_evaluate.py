@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -229,6 +230,30 @@ def test_what_cannot_be_evaluated(small_dataset, folder, run, tmp_path):
     (tmp_path / "encoder/vocab.txt").write_bytes((folder / "vocab.txt").read_bytes())
     with pytest.raises(InputError, match="no weights of an MLM head"):
         evaluate(fastbert.load(tmp_path / "encoder"), small_dataset.path)
+
+
+def test_a_run_is_evaluated_on_its_own_dataset_alone(
+    small_dataset, folder, run, tmp_path, monkeypatch
+):
+    """Its recipe may name the dataset by a path that leads elsewhere from another folder."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text("\n\n".join(f"Text {i}. It has two." for i in range(9)))
+    tokenizer = small_dataset.path / "tokenizer"
+    options = {"tokenizer": tokenizer, "heldout": 0.5, "workers": 1, "progress": False}
+    fastbert.prepare("text.txt", "other/data", **options)
+    shutil.copytree(small_dataset.path, "data")
+    model = fastbert.load(make_run(tmp_path / "short", folder, "data"))
+    found = evaluate(model, sequences=4)
+    monkeypatch.chdir(tmp_path / "other")
+    with pytest.raises(
+        InputError, match=r"^data: not the dataset that .*short.*, or changed since"
+    ):
+        evaluate(model, sequences=4)
+    assert evaluate(model, "data", sequences=4).masked.loss != found.masked.loss
+    monkeypatch.chdir(tmp_path.parent)
+    words = f"^data: no such dataset below {tmp_path.parent}; .*where the run was begun.*--data"
+    with pytest.raises(InputError, match=words):
+        evaluate(model, sequences=4)
 
 
 def test_a_dataset_of_another_tokenizer(small_dataset, run, tmp_path):

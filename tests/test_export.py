@@ -21,6 +21,7 @@ from transformers import (
 )
 
 import fastbert
+from fastbert.checkpoints.sentence_folder import VectorSettings, write_vector_settings
 from fastbert.errors import InputError
 from fastbert.tasks import export as export_file
 from fastbert.tasks.export import ExportError, export, model_card
@@ -175,6 +176,27 @@ def test_without_heads_nobody_complains(run, tmp_path, caplog):
     assert fastbert.load(tmp_path / "encoder").heads == frozenset()
     AutoModel.from_pretrained(export(fastbert.load(run), tmp_path / "whole").out)
     assert "LOAD REPORT" in caplog.text
+
+
+@pytest.mark.parametrize(("pool", "normalize"), [("cls", True), ("max", False)])
+def test_the_vectors_of_a_sentence_transformers_folder_stay(original, tmp_path, pool, normalize):
+    """Without modules.json, SentenceTransformer would take means, without a word."""
+    from sentence_transformers import SentenceTransformer
+
+    given = tmp_path / "given"
+    shutil.copytree(original, given)
+    write_vector_settings(given, VectorSettings(pool, normalize), 32, 20)
+    model = fastbert.load(given)
+    assert (model.vectors, model.max_length) == (VectorSettings(pool, normalize), 20)
+    out = export(model, tmp_path / "out", TEXTS).out
+    vectors = model.encode(TEXTS)
+    assert not np.allclose(vectors, model.encode(TEXTS, "mean", normalize=False), atol=0.01)
+    for folder in (given, out):
+        theirs = SentenceTransformer(str(folder), device="cpu")
+        np.testing.assert_allclose(theirs.encode(TEXTS), vectors, rtol=0, atol=1e-5)
+    (given / "1_Pooling/config.json").write_text('{"pooling_mode": "weightedmean"}')
+    with pytest.warns(UserWarning, match="pooling by weightedmean cannot be exported: Sentence"):
+        export(fastbert.load(given), tmp_path / "again", TEXTS)
 
 
 def test_an_encoder_needs_a_pooler(original, tmp_path):

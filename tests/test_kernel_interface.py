@@ -15,6 +15,7 @@ from fastbert.errors import InputError
 from fastbert.models.bert import BertForPreTraining
 from fastbert_kernels import (
     _checks,
+    _linear,
     add_layer_norm,
     bias_geglu,
     bias_gelu,
@@ -193,3 +194,12 @@ def test_head_sizes_that_triton_does_not_take():
     found = varlen_attention(*padded, bounds, 3, scale=24**-0.5, impl="triton")[..., :24]
     wanted = varlen_attention(q, k, v, bounds, 3, impl="reference")
     torch.testing.assert_close(found, wanted)
+
+
+def test_a_linear_layer_refuses_a_second_derivative():
+    x, weight = torch.randn(20, 16, requires_grad=True), torch.randn(8, 16, requires_grad=True)
+    loss = _linear._Rounded.apply(x, weight, None, torch.nn.functional.linear).sum()
+    with pytest.raises(RuntimeError, match="Rounded: create_graph=True"):
+        torch.autograd.grad(loss, [x, weight], create_graph=True)
+    loss.backward()  # the first derivative is there
+    assert weight.grad is not None and weight.grad.any()

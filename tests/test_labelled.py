@@ -322,18 +322,23 @@ def test_several_values_are_no_class_and_no_text(tmp_path, column, value, kind):
 
 
 def test_columns_of_parquet_that_are_no_strings(tmp_path):
-    """Decimals and dates are read as they are shown; bytes are no text."""
+    """Decimals and dates are read as they are shown, and bytes as text where they are UTF-8."""
     columns = {
         "text": ["a"],
         "price": [Decimal("1.50")],
         "day": [date(2024, 5, 1)],
         "raw": [b"caf\xc3\xa9"],
+        "image": [b"\x89PNG"],
+        "hash": pyarrow.array([b"1234"], pyarrow.binary(4)),
     }
     pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "x.parquet")
     assert read_examples(tmp_path / "x.parquet", "text", None, "price").numbers() == [1.5]
     assert read_examples(tmp_path / "x.parquet", "day", None, "price").first == ["2024-05-01"]
-    with pytest.raises(InputError, match="the column 'raw' holds binary, not text"):
-        read_examples(tmp_path / "x.parquet", "raw", None, "price")
+    assert read_examples(tmp_path / "x.parquet", "raw", None, "price").first == ["café"]
+    with pytest.raises(InputError, match=r"row 1: byte 0 of a string is not UTF-8"):
+        read_examples(tmp_path / "x.parquet", "image", None, "price")
+    with pytest.raises(InputError, match="the column 'hash' holds fixed_size_binary"):
+        read_examples(tmp_path / "x.parquet", "hash", None, "price")
 
 
 @settings(max_examples=300, deadline=None, derandomize=True)

@@ -34,6 +34,8 @@ from fastbert.tasks.export import export
 from fastbert.tasks.pretrained import TextCutWarning
 from tests.ranks import environment
 
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a21\nsize 12345\n"
+
 
 @pytest.fixture(scope="module")
 def original(tmp_path_factory) -> Path:
@@ -228,6 +230,19 @@ def test_long_texts_are_cut_and_said_so_once(original):
         np.testing.assert_allclose(model.encode([kept]), vectors[:1], atol=1e-5)
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_the_side_that_a_tokenizer_cuts(hf, side):
+    """As with transformers, whose AutoTokenizer follows the same setting."""
+    edit("tokenizer_config.json", truncation_side=side)(hf)
+    model, theirs = fastbert.load(hf), AutoTokenizer.from_pretrained(hf)
+    texts = [" ".join(TEXTS) * 5, "a short text", " ".join(reversed(TEXTS)) * 5]
+    with pytest.warns(TextCutWarning, match="2 of 3 texts"):
+        ids = model._ids(texts)
+    wanted = theirs(texts, truncation=True, max_length=model.max_length)["input_ids"]
+    assert [[model.special.cls, *found, model.special.sep] for found in ids] == wanted
+    assert len(wanted[0]) == model.max_length > len(wanted[1])
+
+
 def edit(file: str, **changes):
     """Change these keys of a JSON file, or remove them where the value is None."""
 
@@ -320,6 +335,17 @@ POOLER = "bert.pooler.dense.weight"
             ["model.safetensors", "cannot be read as safetensors"],
         ),
         (replace("model.safetensors", b""), ["model.safetensors", "cannot be read as safetensors"]),
+        (replace("model.safetensors", POINTER), ["model.safetensors", "Git LFS", "git lfs pull"]),
+        (replace("tokenizer.json", POINTER), ["tokenizer.json", "Git LFS", "git lfs pull"]),
+        (replace("config.json", POINTER), ["config.json", "Git LFS", "git lfs pull"]),
+        (
+            rewrite(lambda s: s.update({POOLER: (s[POOLER] * 100).to(torch.int8)})),
+            ["model.safetensors", POOLER, "holds int8", "quantized", "fp32"],
+        ),
+        (
+            rewrite(lambda s: s.update({POOLER: s[POOLER] > 0})),
+            ["model.safetensors", POOLER, "holds bool"],
+        ),
         (
             rewrite(lambda s: s.update({POOLER: s[POOLER][:-1].clone()})),
             ["model.safetensors", POOLER, "[31, 32]"],
@@ -448,6 +474,29 @@ def test_what_is_no_model_at_all(tmp_path):
     ]:
         with pytest.raises(InputError, match=f"{path}: .*{words}"):
             fastbert.load(tmp_path / path)
+
+
+@pytest.mark.parametrize(
+    ("inside", "beside", "words"),
+    [
+        ("snapshots/0123abc", "refs/main", r"models are in it: snapshots/0123abc; give the folder"),
+        ("checkpoint-500", "trainer_state.json", r"models are in it: checkpoint-500; give"),
+        ("0_Transformer", "modules.json", r"0_Transformer; give .* pool that 1_Pooling/config.js"),
+        ("", "adapter_config.json", r"an adapter of PEFT; merge it into its model"),
+        ("", "bert_config.json", r"a BERT of Google's code; convert its weights"),
+    ],
+)
+def test_a_folder_around_a_model(original, tmp_path, inside, beside, words):
+    top = tmp_path / "top"
+    if inside:
+        shutil.copytree(original, top / inside)
+    for name in (beside, "1_Pooling/config.json"):
+        (top / name).parent.mkdir(parents=True, exist_ok=True)
+        (top / name).write_text("{}")
+    with pytest.raises(InputError, match=f"^{top}: neither a run .*{words}"):
+        fastbert.load(top)
+    if inside:
+        assert fastbert.load(top / inside).encode("a").shape == (32,)
 
 
 def test_other_names_of_the_package_are_unknown():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import warnings
 import xml.etree.ElementTree as tree
@@ -19,7 +20,7 @@ from fastbert.tasks import scores
 from fastbert.tasks.run_report import report
 from fastbert.training.history import History
 from fastbert.training.loop import pretrain
-from fastbert.training.picture import loss_figure, write_picture
+from fastbert.training.picture import draw_mlm, loss_figure, svg, write_picture
 from tests.trials import Laboratory
 
 NAMES = [r"cost_$5_vs_$6", r"$\frac{$", r"\$a_{b}^c$", "中文 हिन्दी 🙂", "two\nlines"]
@@ -68,6 +69,31 @@ def test_no_text_of_users_is_read_as_a_formula():
     ):
         shown = [text for text in figure.findobj(Text) if text.get_text() in ("a", "b")]
         assert shown and not any(text.get_parse_math() for text in shown)
+
+
+# What a matplotlibrc, or plt.style.use in a notebook, may hold.
+STYLES = {
+    "latex": {"text.usetex": True},
+    "look": {"savefig.dpi": 900, "font.size": 60, "axes.facecolor": "black", "axes.grid": False},
+}
+
+
+@pytest.mark.parametrize("style", STYLES.values(), ids=STYLES)
+def test_the_style_of_the_user_changes_no_picture(tmp_path, style):
+    def drawn(folder: Path) -> list[bytes]:
+        folder.mkdir()
+        figure = functools.partial(loss_figure, history(), "run", {"unigram": 6.7})
+        assert write_picture(folder / "loss.png", figure) is None
+        table = np.array([[3, 1], [0, 2]])
+        assert scores.draw_confusion(table, ["a", "b"], folder / "confusion.png") is None
+        page = svg("loss", lambda ax: draw_mlm(ax, history(), {}))
+        return [(folder / n).read_bytes() for n in ("loss.png", "confusion.png")] + [page.encode()]
+
+    wanted = drawn(tmp_path / "plain")
+    with matplotlib.rc_context(style):
+        before = dict(matplotlib.rcParams)
+        assert drawn(tmp_path / "styled") == wanted
+        assert matplotlib.rcParams == before
 
 
 def directory(path: Path) -> None:

@@ -7,12 +7,13 @@ import re
 from inspect import get_annotations
 from pathlib import Path
 
+import fsspec
 import pytest
 
 from fastbert import cli
-from fastbert.data.documents import READERS
+from fastbert.data.documents import READERS, read_documents
 from fastbert.data.prepare import prepare
-from fastbert.data.sources import FORMATS, TABLES, find_sources
+from fastbert.data.sources import FORMATS, TABLES, WORK, find_sources
 from fastbert.errors import InputError
 
 
@@ -117,3 +118,64 @@ def test_datasets_are_not_read_as_text(tmp_path: Path, capsys: pytest.CaptureFix
         tokens = [(texts / s / "part-00000" / f"{name}-00000").read_bytes() for s in ("s1", "s2")]
         assert tokens[0] == tokens[1]
     assert found(texts)[0] == ["a.txt", "b.txt", "with/c.txt"]
+
+
+SPARK = (
+    "a.txt _notes.txt _column=1/c.txt _SUCCESS _temporary/0/a.txt _delta_log/0.txt sub/_tmp/b.txt"
+)
+
+
+@pytest.mark.parametrize("text_format", [None, "txt"])
+@pytest.mark.parametrize("where", ["disk", "bucket"])
+def test_what_spark_leaves_beside_the_data_is_no_text(
+    tmp_path: Path, text_format: str | None, where: str
+) -> None:
+    """Unfinished tasks have copies of the data in _temporary; _SUCCESS is empty."""
+    tree(tmp_path, SPARK + " part-00000")
+    top: Path | str = tmp_path
+    if where == "bucket":
+        fs, top = fsspec.filesystem("memory"), f"memory://{tmp_path.name}-{text_format}"
+        fs.put(str(tmp_path), top, recursive=True)
+    sources, left_out = find_sources([top], text_format)
+    begin = len(str(top)) + 1
+    assert {str(source.path)[begin:] for source in sources} == {
+        *("a.txt", "_notes.txt", "_column=1/c.txt"),
+        *(["part-00000"] if text_format else []),
+    }
+    reasons = {item.reason for item in left_out if "_" in str(item.path)[begin:]}
+    assert reasons == {WORK}
+    named, _ = find_sources([tmp_path / "_temporary"])
+    assert [source.path.name for source in named] == ["a.txt"]
+
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a21\nsize 12345\n"
+ANNEX = "/annex/objects/MD5E-s12345--4d7a21.txt\n"
+
+
+@pytest.mark.parametrize(
+    "name", ["a.txt", "a.jsonl", "a.csv", "a.tsv", "a.json", "a.parquet", "a.arrow", "a.txt.gz"]
+)
+@pytest.mark.parametrize(
+    ("pointer", "words"),
+    [
+        (POINTER, "a pointer of Git LFS in place of the file; fetch the file with git lfs pull"),
+        (ANNEX, "a pointer of git-annex in place of the file; fetch .* git annex get"),
+    ],
+    ids=["lfs", "annex"],
+)
+def test_a_pointer_to_a_file_that_was_not_fetched(
+    tmp_path: Path, name: str, pointer: str, words: str
+) -> None:
+    """As text a pointer would be read without a word; other formats would look damaged."""
+    (tmp_path / name).write_text(pointer)
+    with pytest.raises(InputError, match=rf"{name}: cannot be read: {words}"):
+        list(read_documents([tmp_path / name]))
+
+
+def test_a_folder_of_json_files_alone(tmp_path: Path) -> None:
+    """As Spark writes them: an object per line, and nothing that says so."""
+    (tmp_path / "part-0.json").write_text('{"text": "One."}\n{"text": "Two."}\n')
+    (tmp_path / "_SUCCESS").touch()
+    with pytest.raises(InputError, match=r"its \.json files are read with --format json"):
+        find_sources([tmp_path])
+    assert list(read_documents([tmp_path], "json")) == ["One.", "Two."]

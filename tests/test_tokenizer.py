@@ -85,6 +85,20 @@ def test_alphabet_leaves_room_for_words() -> None:
     assert words < tokens and not set(few) & tokens  # too rare for the vocabulary
 
 
+@pytest.mark.parametrize("begin", [0x4E00, 0xAC00], ids=["Chinese", "Korean"])
+@pytest.mark.parametrize("size", [150, 1500, 1900, 5000])
+def test_characters_have_the_room_that_words_leave(begin: int, size: int) -> None:
+    """A Chinese character is a word, and so there are few others; Korean words have many pieces."""
+    letters = [chr(begin + i) for i in range(1000)]
+    between = "" if begin == 0x4E00 else " "
+    lines = [between.join(letters[i : i + 40]) for i in range(0, 1000, 40)]
+    texts = ["the cat sat on the mat", *lines] * 3
+    tokens = vocabulary_of(train_tokenizer(texts, size, lowercase=False))
+    assert {"the", "cat", "sat", "on", "mat"} < set(tokens) and len(tokens) <= size
+    known = len(set(letters) & set(tokens))
+    assert known == 1000 if size >= 1500 else len(tokens) == size and known > size // 2
+
+
 @pytest.mark.parametrize("size", [0, 99, 1 << 21])
 def test_vocabulary_size_out_of_range(size: int) -> None:
     with pytest.raises(InputError, match=f"--vocab-size {size}:"):

@@ -146,6 +146,8 @@ def main() -> None:
     given = parser.parse_args()
     if len(set(given.seeds)) < 2:
         parser.error("--seeds: give two or more, so that there is a noise of seeds")
+    if min(given.windows) < 2:
+        parser.error("--windows: give numbers of two or more; one window is the global order")
     rows = compared(given.text.resolve(), given.tokens, given.seeds, given.windows, given.out)
     text = f"Windows against the global order\n\n{windows_table(rows)}\n\n{verdict(rows)}"
     Record(header(torch.device("cpu")), rows).write(given.out, "windows", text)

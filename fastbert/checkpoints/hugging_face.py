@@ -24,7 +24,7 @@ from fastbert.data.tokenizer import save_tokenizer, special_ids
 from fastbert.durable import exit_at_signals, named, parents_of, staging_of
 from fastbert.errors import InputError
 from fastbert.presence import is_file, is_folder, names_in, status
-from fastbert.regular_file import read_text
+from fastbert.regular_file import open_regular, read_text
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -68,11 +68,19 @@ def _load(file: Path) -> dict[str, Tensor]:
     if not is_file(file):  # safetensors would wait for a pipe
         raise InputError(f"{file}: missing, or no regular file; download or export it again")
     try:
+        open_regular(file).close()
         weights = load_file(file)
     except (SafetensorError, OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
         raise InputError(
-            f"{file}: cannot be read as safetensors ({error}); download or export it again"
+            f"{file}: cannot be read as safetensors ({reason}); download or export it again"
         ) from None
+    for name, weight in weights.items():
+        if not weight.is_floating_point() and not name.endswith("position_ids"):
+            raise InputError(
+                f"{file}: {name} holds {str(weight.dtype).removeprefix('torch.')}, not floating "
+                "point, as where weights were quantized; take the folder in fp32, fp16 or bf16"
+            )
     check_finite(weights, file)
     return weights
 

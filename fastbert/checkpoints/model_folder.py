@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fastbert.checkpoints import checkpoint, hugging_face, hugging_face_config
 from fastbert.checkpoints.sentence_folder import (
+    MODULES,
     VectorSettings,
     read_max_length,
     read_vector_settings,
@@ -95,8 +96,32 @@ def open_model(path: Path) -> ModelParts:
         return _from_hugging_face(path)
     raise InputError(
         f"{path}: neither a run (checkpoints/) nor a checkpoint (manifest.json) "
-        "nor a Hugging Face folder (config.json)"
+        f"nor a Hugging Face folder (config.json){_hint(path)}"
     )
+
+
+def _hint(path: Path) -> str:
+    """Say what a folder without a model is, where that is easy to see."""
+    weights = (hugging_face.WEIGHTS, hugging_face.INDEX, *hugging_face.PICKLES)
+    # A cache of the Hub, the output of a Trainer, the older layout of sentence-transformers.
+    inside = sorted(
+        file.parent.relative_to(path)
+        for level in ("*", "snapshots/*")
+        for file in path.glob(f"{level}/{hugging_face.CONFIG}")
+        if any(is_file(file.with_name(name)) for name in weights)
+    )
+    if inside:
+        hint = f"; models are in it: {', '.join(map(str, inside[:5]))}; give the folder of one"
+        pool = ", and the pool that 1_Pooling/config.json names" if is_file(path / MODULES) else ""
+        return hint + pool
+    if is_file(path / "adapter_config.json"):
+        return (
+            "; an adapter of PEFT; merge it into its model in Python: PeftModel.from_pretrained("
+            "MODEL, DIR).merge_and_unload().save_pretrained(NEW)"
+        )
+    if is_file(path / "bert_config.json"):
+        return "; a BERT of Google's code; convert its weights for PyTorch with transformers"
+    return ""
 
 
 def _from_run(path: Path) -> ModelParts:

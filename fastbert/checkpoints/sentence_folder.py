@@ -1,9 +1,9 @@
-"""Reads what a sentence-transformers folder says about vectors: pooling, normalization, length."""
+"""What a sentence-transformers folder says about vectors: pooling, normalization, length."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,16 +32,18 @@ class VectorSettings:
     Attributes:
         pool: "mean", "max" or "cls".
         normalize: each vector is divided by its L2 norm.
+        keeps_end: a text that is too long loses its beginning, and not its end.
         problem: what the folder asks for beyond that; None where there is nothing.
     """
 
     pool: str = "mean"
     normalize: bool = False
+    keeps_end: bool = False
     problem: str | None = None
 
 
 def read_vector_settings(folder: Path, lowercase: bool) -> VectorSettings:
-    """Read modules.json and what it names; without one, vectors are means.
+    """Read modules.json and what it names, without which vectors are means, and truncation_side.
 
     Args:
         folder: a Hugging Face folder.
@@ -51,8 +53,10 @@ def read_vector_settings(folder: Path, lowercase: bool) -> VectorSettings:
         InputError: a file is not what sentence-transformers writes.
     """
     file = folder / MODULES
+    side = _read(folder / "tokenizer_config.json").get("truncation_side")
+    settings = VectorSettings(keeps_end=side == "left")
     if not is_file(file):
-        return VectorSettings()
+        return settings
     try:
         modules = [
             (str(module["type"]).rpartition(".")[2], str(module["path"]))
@@ -61,10 +65,9 @@ def read_vector_settings(folder: Path, lowercase: bool) -> VectorSettings:
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
         raise InputError(f"{file}: no list of modules; download or save the model again") from None
     kinds = [kind for kind, _ in modules]
-    settings = VectorSettings(normalize="Normalize" in kinds)
+    settings = replace(settings, normalize="Normalize" in kinds)
     if kinds not in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]):
-        problem = f"{file}: the modules {', '.join(kinds)}"
-        return VectorSettings(settings.pool, settings.normalize, problem)
+        return replace(settings, problem=f"{file}: the modules {', '.join(kinds)}")
     name = modules[1][1]
     if Path(name).name != name:
         raise InputError(f"{file}: {name!r} is no folder beside it")
@@ -80,7 +83,31 @@ def read_vector_settings(folder: Path, lowercase: bool) -> VectorSettings:
         problem = f"{folder / SENTENCES}: truncate_dim = {kept}, the first values of each vector,"
     elif _read(folder / "sentence_bert_config.json").get("do_lower_case") and not lowercase:
         problem = f"{folder}: lower-casing before a cased tokenizer"
-    return VectorSettings(settings.pool if problem else pools[0], settings.normalize, problem)
+    return replace(settings, pool=settings.pool if problem else pools[0], problem=problem)
+
+
+def write_vector_settings(folder: Path, settings: VectorSettings, size: int, length: int) -> None:
+    """Write the files that `read_vector_settings` reads, as sentence-transformers does.
+
+    Args:
+        folder: a Hugging Face folder.
+        settings: without a problem.
+        size: of a vector.
+        length: the most tokens of a text.
+    """
+    modules = [("Transformer", ""), ("Pooling", "1_Pooling"), ("Normalize", "2_Normalize")]
+    listed = [
+        {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
+        for i, (kind, path) in enumerate(modules[: 3 if settings.normalize else 2])
+    ]
+    chosen = {key: pool == settings.pool for key, pool in _OLDER.items() if pool in _POOLS}
+    (folder / "1_Pooling").mkdir()
+    for name, values in {
+        MODULES: listed,
+        "1_Pooling/config.json": {"word_embedding_dimension": size, **chosen},
+        "sentence_bert_config.json": {"max_seq_length": length, "do_lower_case": False},
+    }.items():
+        (folder / name).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
 def read_max_length(folder: Path, positions: int) -> int:

@@ -33,12 +33,14 @@ from fastbert.data.rows import (
     delimited_rows,
     field_of,
     field_type,
+    is_binary,
     json_names,
     json_object,
     parquet_batches,
     parquet_names,
     rows_before,
     shown,
+    value_type,
 )
 from fastbert.data.sources import Source, find_sources, open_source
 from fastbert.data.unpack import (
@@ -353,10 +355,12 @@ def _row_text(chunk: Chunk, value: Any) -> str | BadRecord:
 def _text_column(source: Source, text_field: str, schema: pyarrow.Schema) -> list[str]:
     """Choose the column of the text; raise InputError where it is missing or holds no strings."""
     kinds = {name: field_type(schema, name) for name in parquet_names(schema)}
-    texts = [name for name, kind in kinds.items() if _holds_text(kind)]
+    # Not string_view by pyarrow's functions, which older releases lack.
+    strings = ("string", "large_string", "string_view")
+    texts = [name for name, kind in kinds.items() if value_type(kind) in strings]
     if text_field not in kinds:
         raise InputError(f"{source.path}: no column '{text_field}'; {_choose_among(texts)}")
-    if text_field not in texts:
+    if text_field not in texts and not is_binary(kinds[text_field]):
         raise InputError(
             f"{source.path}: the column '{text_field}' holds {kinds[text_field]}, "
             f"not strings; {_choose_among(texts)}"
@@ -443,14 +447,6 @@ def _array_chunks(
         yield Chunk(source, b"\n".join(objects), number, 0, file.tell() - reported)
     elif number == 1:
         raise is_empty(source)
-
-
-def _holds_text(kind: pyarrow.DataType) -> bool:
-    import pyarrow
-
-    kind = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
-    # Not is_string_view, which older releases lack.
-    return str(kind) in ("string", "large_string", "string_view")
 
 
 def _bounded(source: Source, column: pyarrow.Array, row: int, most: int) -> Iterator[pyarrow.Array]:

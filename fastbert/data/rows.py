@@ -313,7 +313,7 @@ def _column_rows(
     def names_of(schema: pyarrow.Schema) -> list[str]:
         chosen[:] = choose(parquet_names(schema))
         for name in chosen:
-            if "binary" in str(kind := field_type(schema, name)):
+            if "binary" in str(kind := field_type(schema, name)) and not is_binary(kind):
                 raise InputError(
                     f"{source.path}: the column {name!r} holds {kind}, not text; "
                     "write it as strings"
@@ -512,15 +512,37 @@ def field_type(schema: pyarrow.Schema, name: str) -> pyarrow.DataType:
 
 
 def column_of(batch: pyarrow.RecordBatch, name: str) -> pyarrow.Array:
-    """Return a column that `parquet_names` names."""
-    if name in batch.schema.names:
-        return batch.column(name)
-    first, *rest = name.split(".")
+    """Return a column that `parquet_names` names, with bytes as strings.
+
+    Impala, Hive and early releases of Spark do not mark text as such, so other programs see bytes.
+    Whether they are UTF-8 is not checked here.
+    """
+    import pyarrow
+
+    first, *rest = [name] if name in batch.schema.names else name.split(".")
     column = batch.column(first)
     for field in rest:
         # flatten, because `column.field` forgets which rows of the structure are null.
         column = column.flatten()[column.type.get_field_index(field)]
-    return column
+    if not is_binary(column.type):
+        return column
+    if not pyarrow.types.is_dictionary(column.type):
+        return column.cast(pyarrow.string(), safe=False)
+    values = column.dictionary.cast(pyarrow.string(), safe=False)
+    return pyarrow.DictionaryArray.from_arrays(column.indices, values)
+
+
+def is_binary(kind: pyarrow.DataType) -> bool:
+    """Whether a column of this type holds bytes."""
+    # Not is_binary_view, which older releases lack.
+    return value_type(kind) in ("binary", "large_binary", "binary_view")
+
+
+def value_type(kind: pyarrow.DataType) -> str:
+    """Return the name of a type; of a dictionary-coded one, that of its values."""
+    import pyarrow
+
+    return str(kind.value_type if pyarrow.types.is_dictionary(kind) else kind)
 
 
 def field_of(value: Any, name: str) -> Any:

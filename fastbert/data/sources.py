@@ -46,6 +46,7 @@ ARCHIVES = {
 
 # Reasons to leave a file of a folder out.
 SUFFIX, JSON = "unknown suffix", "may hold settings; --format json reads it"
+WORK = "_ marks files of Spark and Hadoop that are no data; name it to read it"
 # What Dataset.save_to_disk of Hugging Face writes beside its .arrow files.
 _STATE, _INFO = "state.json", ("state.json", "dataset_info.json", "dataset_dict.json")
 
@@ -90,8 +91,10 @@ def find_sources(
 ) -> tuple[list[Source], list[LeftOut]]:
     """Find the files to read.
 
-    Folders are walked in sorted order, without hidden files. Links are followed, after everything
-    else in a folder. A file or folder that is reached in several ways is read once.
+    Folders are walked in sorted order, without hidden files and without what Spark and Hadoop mark
+    by "_": unfinished copies of the data in _temporary, logs, and files such as _SUCCESS. Links are
+    followed, after everything else in a folder. A file or folder that is reached in several ways is
+    read once.
 
     Args:
         paths: files and folders, also as URLs (s3://bucket/folder, hf://datasets/x/y), in which
@@ -122,7 +125,7 @@ def find_sources(
                 else:
                     left_out.append(item if isinstance(item, LeftOut) else _left_out(item))
             if not found:
-                raise _nothing_in(path, text_format)
+                raise _nothing_in(path, text_format, left_out)
         else:
             found = [file_source(path, text_format)]
         for source in found:
@@ -171,14 +174,16 @@ def _remote_sources(url: Url, text_format: str | None, left_out: list[LeftOut]) 
             continue
         if any(part.startswith(".") for part in name.split("/")):
             continue
-        if any(str(parent) in datasets for parent in PurePosixPath(f"./{name}").parents):
+        if any(map(_is_work, PurePosixPath(name).parts[:-1])):
+            left_out.append(LeftOut(url / name, WORK))
+        elif any(str(parent) in datasets for parent in PurePosixPath(f"./{name}").parents):
             left_out.append(LeftOut(url / name, "of a dataset of fastbert"))
         elif (source := _source(url / name, text_format, True)) is not None:
             found.append(source)
         else:
             left_out.append(_left_out(url / name))
     if not found:
-        raise _nothing_in(url, text_format)
+        raise _nothing_in(url, text_format, left_out)
     return found
 
 
@@ -248,6 +253,8 @@ def _walk(top: Path) -> Iterator[Path | LeftOut]:
                 continue
             if _leads_nowhere(entry):
                 yield LeftOut(path, "a link to nothing")
+            elif entry.is_dir() and _is_work(entry.name):
+                yield LeftOut(path, WORK)
             elif entry.is_dir():
                 (links if entry.is_symlink() else subfolders).append(path)
             else:
@@ -292,6 +299,11 @@ def _saved_to_disk(folder: Place) -> list[str] | None:
     return names
 
 
+def _is_work(folder: str) -> bool:
+    """Whether a folder's name marks it as none of the data; `_column=value` is a partition."""
+    return folder.startswith("_") and "=" not in folder
+
+
 def _identity(folder: Path) -> tuple[int, int]:
     status = folder.stat()
     return status.st_dev, status.st_ino
@@ -319,19 +331,25 @@ def _source(path: Place, text_format: str | None, in_folder: bool) -> Source | N
             "json" if suffix == ".json" and not in_folder else None,
         )
     else:
-        fits = suffix in FORMATS[text_format] or not suffix or suffix[1:].isdigit()
+        bare = (not suffix or suffix[1:].isdigit()) and not path.name.startswith("_")
+        fits = suffix in FORMATS[text_format] or bare
         known = text_format if fits or not in_folder else None
     return Source(path, known, compression) if known else None
 
 
 def _left_out(path: Place) -> LeftOut:
-    return LeftOut(path, JSON if _suffix(path)[0] == ".json" else SUFFIX)
+    suffix = _suffix(path)[0]
+    if not suffix and path.name.startswith("_"):
+        return LeftOut(path, WORK)
+    return LeftOut(path, JSON if suffix == ".json" else SUFFIX)
 
 
-def _nothing_in(folder: Place, text_format: str | None) -> InputError:
+def _nothing_in(folder: Place, text_format: str | None, left_out: Sequence[LeftOut]) -> InputError:
     """Return the error for a folder without a file to read."""
     advice = "name a file or another folder"
-    if text_format is None:
+    if any(item.reason == JSON for item in left_out):
+        advice = "its .json files are read with --format json, also where each line is an object"
+    elif text_format is None:
         advice += ", or add --format to read files without a suffix"
     return InputError(
         f"{folder}: no file in this folder ends in {_suffixes(text_format)}; {advice}"

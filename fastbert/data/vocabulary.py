@@ -21,7 +21,8 @@ VOCAB_SIZES = (100, 1 << 20)
 # A character outside the alphabet makes its whole word [UNK]. One such character in 10,000 affects
 # about one word in 2,000.
 ALPHABET_COVERAGE = 0.9999
-ALPHABET_SHARE = 0.5  # of the vocabulary at most, so that a small one has room for words
+# Of the vocabulary at most, so that a small one has room for words, where it needs that.
+ALPHABET_SHARE = 0.5
 
 
 _LONG_RUN = re.compile(rf"\S{{{LONGEST_WORD + 1},}}")
@@ -46,9 +47,22 @@ def train_tokenizer(
     strip_accents = False if keep_accents else None  # None: as lowercase says
     normalizer = normalizers.BertNormalizer(lowercase=lowercase, strip_accents=strip_accents)
     normalized = [_with_short_words(_normalized(text, normalizer)) for text in texts]
-    first, inner = _alphabet(normalized, int(vocab_size * ALPHABET_SHARE))
+    most = int(vocab_size * ALPHABET_SHARE)
+    first, inner, whole = _alphabet(normalized, most)
     if not first:
         raise InputError("no text to train a vocabulary on: every document is empty")
+    tokens = _pieces(normalized, vocab_size, first, inner)
+    if not whole and len(tokens) < vocab_size:
+        # Words do not fill their half, as in Chinese, where a character is a word of its own.
+        first, inner, _ = _alphabet(normalized, most + vocab_size - len(tokens))
+        tokens = _pieces(normalized, vocab_size, first, inner)
+    return assemble(tokens, lowercase, strip_accents)
+
+
+def _pieces(
+    normalized: list[str], vocab_size: int, first: list[str], inner: list[str]
+) -> list[str]:
+    """Return the tokens of a vocabulary for normalised texts, given its alphabet."""
     # The trainer numbers the pieces "##x" in the order of a hash map, and breaks ties between pairs
     # by these numbers. So two runs would differ. Special tokens are numbered first, in the given
     # order, so the pieces are passed as special tokens.
@@ -69,7 +83,7 @@ def train_tokenizer(
     trained.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     trained.train_from_iterator(normalized, trainer)
     ids = trained.get_vocab(with_added_tokens=True)
-    return assemble(sorted(ids, key=ids.__getitem__), lowercase, strip_accents)
+    return sorted(ids, key=ids.__getitem__)
 
 
 def check_vocab_size(vocab_size: int, algorithm: str = WORDPIECE) -> None:
@@ -121,11 +135,12 @@ def _cut_words(run: re.Match[str]) -> str:
     return "".join(parts)
 
 
-def _alphabet(texts: list[str], most: int) -> tuple[list[str], list[str]]:
+def _alphabet(texts: list[str], most: int) -> tuple[list[str], list[str], bool]:
     """Return the characters that get a piece of their own, and those that get one inside a word.
 
     Both lists are sorted, and the second is part of the first. The most frequent characters are
-    taken until they cover ALPHABET_COVERAGE of the texts or make `most` pieces.
+    taken until they cover ALPHABET_COVERAGE of the texts, or make `most` pieces; the last value is
+    whether all of them had room.
     """
     seen, inside = np.zeros((2, sys.maxunicode + 1), np.int64)
     breaks = np.zeros(sys.maxunicode + 1, bool)
@@ -142,7 +157,8 @@ def _alphabet(texts: list[str], most: int) -> tuple[list[str], list[str]]:
     covered = np.cumsum(seen[order]) - seen[order] < ALPHABET_COVERAGE * seen.sum()
     pieces = np.cumsum(1 + (inside[order] > 0))
     chosen = np.sort(order[covered & (pieces <= most)])
-    return [chr(code) for code in chosen], [chr(code) for code in chosen if inside[code]]
+    inner = [chr(code) for code in chosen if inside[code]]
+    return [chr(code) for code in chosen], inner, len(chosen) == np.count_nonzero(covered)
 
 
 @functools.cache

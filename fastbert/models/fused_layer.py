@@ -24,7 +24,7 @@ from torch import Tensor, mm
 from torch.nn.functional import linear
 
 from fastbert_kernels._checks import INT64, check_tensors
-from fastbert_kernels._library import backward_once
+from fastbert_kernels._function import backward_once
 from fastbert_kernels.attention import op as attention
 from fastbert_kernels.gelu import op as gelu
 from fastbert_kernels.norm import op as norm

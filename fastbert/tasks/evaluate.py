@@ -31,7 +31,9 @@ from fastbert.data.streams import Streams
 from fastbert.data.tokenizer import load_tokenizer, same_tokens
 from fastbert.errors import Diverged, InputError
 from fastbert.models.bert import BertForPreTraining
+from fastbert.presence import is_folder
 from fastbert.progress import Follow, unseen
+from fastbert.storage import is_url
 from fastbert.tasks.pretrained import Pretrained
 from fastbert.training.heldout import mean_baselines, mean_by_share
 from fastbert.training.verified_dataset import open_sources
@@ -136,8 +138,8 @@ def evaluate(
         follow: shows the progress.
 
     Raises:
-        InputError: no dataset is given; one is missing, damaged or made with another vocabulary; or
-            the model has no MLM head.
+        InputError: no dataset is given; one is missing, damaged or made with another vocabulary;
+            the run's is another one than it was trained on; or the model has no MLM head.
         Diverged: the loss is not finite.
     """
     if MLM not in pretrained.heads:
@@ -150,8 +152,12 @@ def evaluate(
         raise InputError(
             f"{pretrained.path}: not a run, so it names no dataset; give one with --data"
         )
+    if not data:
+        _check_there(pretrained, paths)
     datasets = open_sources(paths, group)
     _check_vocabulary(pretrained, datasets[0])
+    if not data:
+        _check_trained_on(pretrained, datasets, paths)
     if recipe.phase:
         # A phase with longer sequences may not have begun.
         longest = min(recipe.longest, pretrained.max_length)
@@ -361,6 +367,31 @@ def _recipe_for(pretrained: Pretrained) -> RunConfig:
     """Return the default recipe, with sequences no longer than the model was trained on."""
     batch = BatchConfig(max_length=min(BatchConfig().max_length, pretrained.max_length))
     return RunConfig(data="", model=pretrained.config, batch=batch)
+
+
+def _check_there(pretrained: Pretrained, paths: Sequence[str]) -> None:
+    """Check that the datasets of a run are there, since its recipe may name them by short paths."""
+    for path in paths:
+        if not is_url(path) and not is_folder(Path(path)):
+            below = "" if Path(path).is_absolute() else f" below {Path.cwd()}"
+            raise InputError(
+                f"{path}: no such dataset{below}; {pretrained.path} was trained on it: call this "
+                "in the folder where the run was begun, or give the dataset with --data"
+            )
+
+
+def _check_trained_on(
+    pretrained: Pretrained, datasets: Sequence[TokenDataset], paths: Sequence[str]
+) -> None:
+    """Check that the datasets are those of the run, which may lie elsewhere under a short path."""
+    known = pretrained.metadata.get("dataset_sha256")
+    digests = known if isinstance(known, list) else [known]
+    for path, dataset, digest in zip(paths, datasets, digests, strict=False):
+        if dataset.sha256 != digest:
+            raise InputError(
+                f"{path}: not the dataset that {pretrained.path} was trained on, or changed since; "
+                "if it is the one that you mean, give it with --data"
+            )
 
 
 def _check_vocabulary(pretrained: Pretrained, dataset: TokenDataset) -> None:

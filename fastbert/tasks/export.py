@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -18,6 +19,7 @@ import numpy as np
 import torch
 
 from fastbert.checkpoints.hugging_face import new_folder, write_folder
+from fastbert.checkpoints.sentence_folder import write_vector_settings
 from fastbert.checkpoints.weight_names import table_of, to_hugging_face
 from fastbert.checkpoints.weight_table import HEADS, MLM, NSP
 from fastbert.data.dataset import TokenDataset, open_dataset
@@ -127,6 +129,16 @@ def export(
             pretrained.tokenizer,
             pretrained.max_length,
         )
+        vectors = pretrained.vectors
+        if vectors.problem is not None:
+            warnings.warn(
+                f"{vectors.problem} cannot be exported: SentenceTransformer will take the mean of "
+                f"the tokens in {out}",
+                stacklevel=2,
+            )
+        elif vectors.normalize or vectors.pool != "mean":
+            size, length = pretrained.config.hidden_size, pretrained.max_length
+            write_vector_settings(folder, vectors, size, length)
         card = model_card(pretrained, architecture, Path(out).name)
         (folder / "README.md").write_text(card, encoding="utf-8")
         with _quiet():

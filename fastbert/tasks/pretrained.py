@@ -246,11 +246,16 @@ class Pretrained:
         """Return the token ids of each text, cut to the model's length."""
         for number, text in enumerate(texts):
             _check_text(text, f"text {number}")
-        ids = first_tokens(self.tokenizer, texts, self.max_tokens + 1)
+        if self.vectors.keeps_end:
+            all_of_each = self.tokenizer.encode_batch(texts, add_special_tokens=False)
+            ids = [found.ids for found in all_of_each]
+        else:
+            ids = first_tokens(self.tokenizer, texts, self.max_tokens + 1)
         cut = sum(len(tokens) > self.max_tokens for tokens in ids)
         if cut:
             _warn_cut(cut, len(ids), self.max_tokens)
-        return [tokens[: self.max_tokens] for tokens in ids]
+        end = self.vectors.keeps_end
+        return [one[-self.max_tokens :] if end else one[: self.max_tokens] for one in ids]
 
     def _packs(self, ids: list[list[int]]) -> Iterator[tuple[list[int], PackedBatch]]:
         """Yield packs with the indices of their texts.

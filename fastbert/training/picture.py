@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import html
 import io
 import itertools
 import math
 import re
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from fastbert.durable import replacing
@@ -40,10 +42,26 @@ def write_picture(path: Path, draw: Callable[[], Any]) -> str | None:
         with replacing(path) as staging, warnings.catch_warnings():
             # Letters that the font does not have are drawn as boxes, each with a warning.
             warnings.simplefilter("ignore")
-            draw().savefig(staging, format="png")
+            with own_style():
+                draw().savefig(staging, format="png")
     except Exception as error:
         return f"{path} could not be drawn: " + " ".join(f"{type(error).__name__}: {error}".split())
     return None
+
+
+@contextlib.contextmanager
+def own_style(settings: Mapping[str, Any] = MappingProxyType({})) -> Iterator[None]:
+    """Draw with matplotlib's defaults and these settings, whatever the user's matplotlibrc says.
+
+    A user may have fonts of 30 points, a black background, or LaTeX for every text, which fails
+    where no LaTeX is installed.
+    """
+    import matplotlib
+
+    # The backend is chosen by the class of the canvas; matplotlib warns where it is set here.
+    defaults: Any = {k: v for k, v in matplotlib.rcParamsDefault.items() if "backend" not in k}
+    with matplotlib.rc_context(defaults | dict(settings)):
+        yield
 
 
 def loss_figure(history: History, title: str, baselines: Mapping[str, float]) -> Any:
@@ -131,20 +149,19 @@ def draw_accuracy(ax: Any, history: History) -> None:
 
 def svg(title: str, draw: Callable[[Any], Any]) -> str:
     """Return what `draw` draws on its axes as an SVG that fills the width it is given."""
-    import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
     buffer = io.StringIO()
     # Text stays text, in the reader's own font. Ids are derived from the title, so that two curves
     # have different ids and the page is reproducible.
-    settings: Any = {
+    settings = {
         "svg.fonttype": "none",
         "svg.hashsalt": title,
         "font.family": "sans-serif",
         "font.size": 8.0,
     }
-    with matplotlib.rc_context(settings):
+    with own_style(settings):
         figure = Figure(figsize=(4.0, 2.6), layout="constrained")
         FigureCanvasSVG(figure)
         ax = figure.subplots()

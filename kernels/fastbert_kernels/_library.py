@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
 # Any, since its methods have no annotations.
 _LIBRARY: Any = torch.library.Library("fastbert_kernels", "DEF")
@@ -55,14 +54,3 @@ def operator(schema: str, launcher: str, fake: Callable[..., Any]) -> Callable[.
         return imported()(first, *others)
 
     return call
-
-
-def backward_once(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """As `once_differentiable`, but without its 3 us where no second derivative is possible."""
-    careful: Callable[..., Any] = once_differentiable(backward)
-
-    @functools.wraps(backward)
-    def either(ctx: Any, *gradients: torch.Tensor) -> Any:
-        return careful(ctx, *gradients) if torch.is_grad_enabled() else backward(ctx, *gradients)
-
-    return either

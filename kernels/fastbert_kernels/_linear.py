@@ -27,9 +27,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from fastbert_kernels._function import Function, Gradients
+from fastbert_kernels._function import Function, Gradients, backward_once
 from fastbert_kernels._processor import flags
 
 # oneDNN adds up in longer chains: its error against fp64 is 1.4 to 1.7 times MKL's up to this
@@ -143,7 +142,7 @@ class _Rounded(Function):
         return multiply(x, weight, None if bias is None else bias.to(torch.bfloat16))[:rows]
 
     @staticmethod
-    @once_differentiable
+    @backward_once
     def backward(ctx: Any, dy: Tensor) -> Gradients:
         x, weight = ctx.saved_tensors
         dx = dweight = None
@@ -181,7 +180,7 @@ class _Linear(Function):
         return _product(x, weight, bias)
 
     @staticmethod
-    @once_differentiable
+    @backward_once
     def backward(ctx: Any, dy: Tensor) -> Gradients:
         x, weight = ctx.saved_tensors
         dx = _product(dy, weight.T) if ctx.needs_input_grad[0] else None

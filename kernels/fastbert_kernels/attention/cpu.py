@@ -24,11 +24,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastbert_kernels._dropout import keep_scale, row_seeds
 from fastbert_kernels._dropout_cpu import keep_mask_cpu, stream_keys_cpu
-from fastbert_kernels._function import Function, Gradients
+from fastbert_kernels._function import Function, Gradients, backward_once
 from fastbert_kernels.attention.products_cpu import (
     SCORES,
     dropped,
@@ -175,7 +174,7 @@ class _Attention(Function):
         return out[:rows]
 
     @staticmethod
-    @once_differentiable
+    @backward_once
     @torch.autocast("cpu", enabled=False)  # pyright: ignore[reportUntypedFunctionDecorator]
     def backward(ctx: Any, dout: Tensor) -> Gradients:
         rows, heads, size = dout.shape

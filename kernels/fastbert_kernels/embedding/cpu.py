@@ -11,11 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastbert_kernels._dropout import keep_scale
 from fastbert_kernels._dropout_cpu import row_keep_mask_cpu
-from fastbert_kernels._function import Function, Gradients
+from fastbert_kernels._function import Function, Gradients, backward_once
 
 # A row of so small a table is the sum of many, which a product rounds less.
 PRODUCT_ROWS = 16
@@ -64,7 +63,7 @@ class _EmbeddingLayerNorm(Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @backward_once
     def backward(ctx: Any, dy: Tensor) -> Gradients:
         *rows, z, mean, rstd, norm_weight, norm_bias, keep = ctx.saved_tensors
         dy = dy.to(z.dtype)

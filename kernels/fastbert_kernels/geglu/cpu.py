@@ -10,10 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn.functional import gelu
 
-from fastbert_kernels._function import Function, Gradients
+from fastbert_kernels._function import Function, Gradients, backward_once
 
 
 class _BiasGeglu(Function):
@@ -26,7 +25,7 @@ class _BiasGeglu(Function):
         return gelu(a).mul_(b)
 
     @staticmethod
-    @once_differentiable
+    @backward_once
     def backward(ctx: Any, dy: Tensor) -> Gradients:
         a, b = ctx.saved_tensors
         da = torch.ops.aten.gelu_backward(dy * b, a)

@@ -18,9 +18,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from fastbert_kernels._function import Function, Gradients
+from fastbert_kernels._function import Function, Gradients, backward_once
 from fastbert_kernels._linear import rounded
 from fastbert_kernels.mlm_loss.reference import IGNORED, Result
 
@@ -102,7 +101,7 @@ class _MaskedCrossEntropy(Function):
         return losses.sum() / total, losses, correct
 
     @staticmethod
-    @once_differentiable
+    @backward_once
     def backward(ctx: Any, dloss: Tensor, _losses: Tensor, _correct: Tensor) -> Gradients:
         drows, dweight, dbias, positions = ctx.saved_tensors
         if dloss != 1:

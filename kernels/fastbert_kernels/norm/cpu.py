@@ -10,11 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastbert_kernels._dropout import keep_scale
 from fastbert_kernels._dropout_cpu import row_keep_mask_cpu
-from fastbert_kernels._function import Function, Gradients
+from fastbert_kernels._function import Function, Gradients, backward_once
 
 
 class _DropoutAddLayerNorm(Function):
@@ -54,7 +53,7 @@ class _DropoutAddLayerNorm(Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @backward_once
     def backward(ctx: Any, dy: Tensor) -> Gradients:
         z, mean, rstd, norm_weight, norm_bias, keep = ctx.saved_tensors
         dy = dy.contiguous()

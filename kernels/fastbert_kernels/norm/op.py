@@ -16,8 +16,8 @@ from fastbert_kernels._checks import (
     check_triton,
     chosen_implementation,
 )
-from fastbert_kernels._function import Function, Gradients
-from fastbert_kernels._library import backward_once, operator
+from fastbert_kernels._function import Function, Gradients, backward_once
+from fastbert_kernels._library import operator
 from fastbert_kernels.norm.cpu import cpu
 from fastbert_kernels.norm.reference import reference
 

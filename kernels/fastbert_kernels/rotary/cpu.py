@@ -10,9 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from fastbert_kernels._function import Function, Gradients
+from fastbert_kernels._function import Function, Gradients, backward_once
 
 _TOKENS = 512  # at once, so that their fp32 copies stay in the cache
 
@@ -43,7 +42,7 @@ class _Rotary(Function):
         return qk[:, 0], qk[:, 1], qkv[:, 2]
 
     @staticmethod
-    @once_differentiable
+    @backward_once
     def backward(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor) -> Gradients:
         position_ids, table = ctx.saved_tensors
         dqkv = dq.new_empty(dq.shape[0], 3, *dq.shape[1:])
