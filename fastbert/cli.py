@@ -635,10 +635,8 @@ def embed(
 
     source = source_of(file, text_format)
     writer = check_out(out, source)
-    from fastbert.machine import share_cores
     from fastbert.tasks.load import load
 
-    share_cores(1)
     layers, opened = layer or [-1], load(model)
     with Progress("embed") as progress, progress.count("vectors", stamp(file)[0]) as advance:
         rows, size = embed(
@@ -728,11 +726,9 @@ def finetune(
     from fastbert.tasks.labelled import read_examples
 
     training, test = (read_examples(file, text, pair, label) for file in (train, evaluation))
-    from fastbert.machine import share_cores
     from fastbert.tasks.finetune import Epoch, Settings, finetune
     from fastbert.tasks.load import load
 
-    share_cores(1)
     settings = Settings(
         epochs=epochs,
         lr=lr,

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import platform
 import shutil
+import sys
 from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
 
+from fastbert.contention import wait_policy
 from fastbert.machine import (
     Bf16Probe,
     cpu_info,
@@ -20,6 +22,7 @@ from fastbert.machine import (
     measure_gemm_rate,
     memory_sizes,
     probe_bf16,
+    processes_for,
     share_cores,
     usable_cores,
 )
@@ -47,13 +50,15 @@ class Diagnosis:
     """The findings of `fastbert doctor`.
 
     Memory and disk are in bytes, rates in FLOP/s, bandwidth in bytes/s. None means that the value
-    could not be measured.
+    could not be measured. Training computes in `processes` where a step has enough sequences.
     """
 
     processor: str
     cores: int
     quota: float | None
     threads: int | None
+    processes: int | None
+    wait_policy: str | None
     memory: int
     memory_free: int
     disk_free: int
@@ -73,12 +78,13 @@ def diagnose() -> Diagnosis:
     versions = {package: _version(package) for package in PACKAGES}
     tools = {tool: shutil.which(tool) for tool in ("g++", "ninja", "nvidia-smi")}
     memory, free = memory_sizes()
-    threads = gemm = bandwidth = bf16 = None
+    threads = processes = policy = gemm = bandwidth = bf16 = None
     gpus: list[Gpu] = []
     if versions["torch"]:
         import torch
 
         threads = share_cores(1)
+        processes, policy = processes_for(sys.maxsize, threads), wait_policy()
         gemm, bandwidth, bf16 = measure_gemm_rate(), measure_bandwidth(), probe_bf16()
         gpus = [_gpu(i) for i in range(torch.cuda.device_count())]
     found: dict[str, Any] = {
@@ -86,6 +92,8 @@ def diagnose() -> Diagnosis:
         "cores": usable_cores(),
         "quota": cpu_quota(),
         "threads": threads,
+        "processes": processes,
+        "wait_policy": policy,
         "memory": memory,
         "memory_free": free,
         "disk_free": shutil.disk_usage(".").free,
@@ -161,9 +169,14 @@ def describe(found: Diagnosis) -> list[tuple[str, str]]:
     """Return the rows of the printed table: name and value."""
     versions = {"Python": found.python, **found.versions}
     quota = f" (CPU quota {found.quota:.3g})" if found.quota else ""
-    threads = f", torch uses {found.threads}" if found.threads else ""
-    rows = [
-        ("processor", f"{found.processor}, {found.cores} cores{quota}{threads}"),
+    rows = [("processor", f"{found.processor}, {found.cores} cores{quota}")]
+    if found.threads:
+        uses = f"torch uses {found.threads}"
+        if found.threads > 1:
+            uses += f"; training computes in up to {found.processes} processes"
+            uses += f"; threads wait {found.wait_policy}"
+        rows.append(("threads", uses))
+    rows += [
         ("memory", f"{_gib(found.memory)}, {_gib(found.memory_free)} free"),
         ("disk", f"{_gib(found.disk_free)} free here"),
         ("versions", ", ".join(f"{name} {version or '-'}" for name, version in versions.items())),

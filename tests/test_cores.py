@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,6 +19,9 @@ from fastbert.machine import (
     share_cores,
     usable_cores,
 )
+from tests.quota import Quota, Unavailable
+from tests.ranks import environment
+from tests.trials import Trial
 
 
 def system(root: Path, groups: str, **files: str) -> Path:
@@ -92,3 +98,40 @@ def test_processes_share_the_cores_unless_the_user_said_how_many(monkeypatch):
 )
 def test_a_process_has_enough_sequences(sequences, cores, expected):
     assert processes_for(sequences, cores) == expected
+
+
+@pytest.fixture(scope="module")
+def one_core() -> Iterator[Quota]:
+    """A control group that may use as much time as one core has."""
+    if len(os.sched_getaffinity(0)) == 1:
+        pytest.skip("on one core, a quota of one lowers nothing")
+    try:
+        quota = Quota(1.0).__enter__()
+    except Unavailable as reason:
+        pytest.skip(f"no CPU quotas here: {reason}")
+    yield quota
+    quota.__exit__()
+
+
+def run(quota: Quota, *arguments: str) -> str:
+    """The output of a Python in the group, whose torch would use all cores."""
+    without = {k: v for k, v in environment().items() if k != "OMP_NUM_THREADS"}
+    done = quota.run([sys.executable, *arguments], env=without, timeout=300)
+    assert done.returncode == 0, done.stderr[-600:]
+    return done.stdout
+
+
+def test_the_quota_of_a_real_control_group_is_found(one_core):
+    code = "from fastbert import machine as m; print(m.cpu_quota(), m.usable_cores())"
+    assert run(one_core, "-c", code) == "1.0 1\n"
+
+
+@pytest.mark.slow
+def test_doctor_and_a_run_keep_to_a_quota(one_core, small_dataset, tmp_path):
+    """Without one, the 16 sequences would be computed in two processes."""
+    found = json.loads(run(one_core, "-m", "fastbert", "doctor", "--json"))
+    assert found["quota"] == 1.0
+    assert [found[name] for name in ("cores", "threads", "processes")] == [1, 1, 1]
+    trial = Trial(tmp_path / "trial", small_dataset.path, steps=2)
+    arguments = "pretrain", str(trial.recipe), "batch.sequences=16"
+    assert "ZeRO stage 0, 1 threads\n" in run(one_core, "-m", "fastbert", *arguments)

@@ -17,8 +17,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fastbert import machine
 from fastbert.cluster.group import join
+from fastbert.contention import wait_policy
 from fastbert.doctor import PACKAGES, Diagnosis, Gpu, advise, describe
-from fastbert.machine import Bf16Probe, judge_bf16, measure_bandwidth, measure_gemm_rate
+from fastbert.machine import (
+    Bf16Probe,
+    judge_bf16,
+    measure_bandwidth,
+    measure_gemm_rate,
+    processes_for,
+)
 from fastbert.training.precision import resolve_precision
 
 ROOT = Path(__file__).parents[1]
@@ -155,6 +162,17 @@ def test_diagnosis_is_whole(found):
     assert {"processor", "bf16 on the CPU", "matrix products"} <= set(labels) and labels.count(
         "GPU"
     ) == len(found.gpus)
+
+
+def test_what_is_said_of_threads_is_what_a_run_does(found):
+    """The fixture's process has one, as OMP_NUM_THREADS of the tests says."""
+    assert (found.threads, found.processes) == (1, processes_for(1000, 1))
+    assert found.wait_policy == wait_policy()
+    assert dict(describe(found))["threads"] == "torch uses 1"
+    four = replace(found, threads=4, processes=processes_for(1000, 4))
+    assert dict(describe(four))["threads"] == (
+        "torch uses 4; training computes in up to 4 processes; threads wait " + wait_policy()
+    )
 
 
 def test_a_healthy_machine_needs_no_advice():

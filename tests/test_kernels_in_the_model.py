@@ -1,4 +1,4 @@
-"""The encoder trains the same with all kernels: losses, gradients and a run of twelve steps."""
+"""The encoder trains the same with all kernels: losses, gradients and a run of 20 steps."""
 
 import contextlib
 import copy
@@ -104,7 +104,7 @@ def test_a_padded_pack_has_the_loss_and_gradients_of_the_bare_one(impl, build_on
         )
 
 
-def curve(build_one, impl, steps=12):
+def curve(build_one, impl, steps=20):
     """Return the losses of a short run of a smaller model on four repeated batches."""
     model = build_one(heads=2)
     model.impl = impl
@@ -123,7 +123,7 @@ def curve(build_one, impl, steps=12):
 
 
 @pytest.mark.slow
-def test_twelve_steps_give_the_same_curve(build_one):
+def test_20_steps_give_the_same_curve(build_one):
     curves = {impl: curve(build_one, impl) for impl in IMPLEMENTATIONS}
     want = curves["reference"]
     assert want[-4:].mean() < want[:4].mean() - 0.5  # it learns

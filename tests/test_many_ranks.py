@@ -202,3 +202,12 @@ def test_a_run_with_muon_may_change_its_ranks(lab, alone_with_muon, rounding, wo
     trial.set_stage(0)
     leg(trial, 1, 2 * LEG)
     assert far(trial.steps, alone_with_muon) < rounding
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.slow
+def test_muon_on_ranks_resumes_to_the_last_digit(lab, stage):
+    whole, parts = (lab.trial(*MUON, stage=stage, steps=2 * LEG) for _ in range(2))
+    leg(whole, 2, 2 * LEG)
+    leg(leg(parts, 2, LEG), 2, 2 * LEG)
+    assert parts.steps == whole.steps

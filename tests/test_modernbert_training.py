@@ -177,8 +177,10 @@ def test_a_run_is_what_plain_torch_makes_of_it(lab, alone, small_dataset, roundi
     assert alone[-1]["loss"] < alone[0]["loss"]
 
 
-# test_many_ranks.py has other numbers of ranks, which know nothing of the architecture.
-@pytest.mark.parametrize("world, stage", typical([(2, 0), (2, 1), (2, 3)], (2, 3)))
+PLACES = [(2, 0), (2, 1), (2, 2), (2, 3), (4, 0), (4, 2)]
+
+
+@pytest.mark.parametrize("world, stage", typical(PLACES, (2, 3)))
 def test_ranks_and_stages_train_the_same(lab, alone, rounding, world, stage):
     trial = lab.trial(*MODERN, stage=stage, steps=STEPS)
     trial.resume(world)

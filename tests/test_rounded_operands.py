@@ -160,7 +160,7 @@ def test_rounding_shows_in_the_losses(lab, alone):
     assert all(0 < abs(a - b) < BF16 * b for a, b in pairs)
 
 
-@pytest.mark.parametrize("world, stage", [(2, 1), slow(2, 3)])
+@pytest.mark.parametrize("world, stage", [(2, 1), slow(2, 0), slow(2, 2), slow(2, 3)])
 def test_ranks_and_stages_train_the_same(lab, alone, world, stage):
     trial = lab.trial(*WIDE, *EVERY, stage=stage, steps=STEPS)
     trial.resume(world)

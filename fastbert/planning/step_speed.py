@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from fastbert.config import RunConfig
+from fastbert.contention import watch_contention
 from fastbert.data.batches import Batches
 from fastbert.data.dataset import TokenDataset
 from fastbert.data.packing import PackedBatch
@@ -68,6 +69,8 @@ def measure_speed(
     precision = "bf16" if operands or device.type == "cuda" else "fp32"
     optimizer = build_optimizer(model, config.optimizer, precision)
     parallel = ParallelModel(model, at_once)
+    if device.type == "cpu":
+        watch_contention()
     speeds = list[float]()
     begin = clock()
     for i in range(MOST + 1):

@@ -12,8 +12,10 @@ import torch
 from fastbert.checkpoints.bucket import fetch_checkpoint
 from fastbert.checkpoints.model_folder import open_model
 from fastbert.checkpoints.weight_table import DECODER, NSP, POOLER
+from fastbert.contention import watch_contention
 from fastbert.data.tokenizer import special_ids
 from fastbert.errors import InputError
+from fastbert.machine import share_cores
 from fastbert.models.build import build_model
 from fastbert.storage import Url, place
 from fastbert.tasks.pretrained import Pretrained
@@ -36,6 +38,9 @@ def load(path: str | Path, device: str | None = None) -> Pretrained:
         raise InputError(f'device = {device!r}; must be "cpu" or "cuda"')
     if kind == "cuda" and not torch.cuda.is_available():
         raise InputError(f'device = {device!r}, but torch sees no GPU here; use "cpu"')
+    if kind == "cpu":
+        share_cores(1)
+        watch_contention()
     model = build_model(
         parts.config, parts.vocab_size, device=device, tied=DECODER not in parts.weights
     )

@@ -63,6 +63,7 @@ from pydantic import ValidationError  # a dependency of DeepSpeed, which raises 
 from fastbert.checkpoints.checkpoint import WEIGHT
 from fastbert.cluster.group import Group
 from fastbert.config import RunConfig
+from fastbert.contention import watch_contention
 from fastbert.data.packing import PackedBatch
 from fastbert.errors import InputError
 from fastbert.models.bert import Layer
@@ -202,6 +203,8 @@ class Engine:
         module: nn.Module = GraphedModel(self.model) if self._graphs else self.model
         if at_once > 1:
             module = ParallelModel(self.model, at_once)
+        if group.device.type == "cpu":
+            watch_contention()
         self._engine, *_ = deepspeed.initialize(
             model=module, optimizer=self._optimizer, config=values
         )

@@ -36,6 +36,7 @@ import torch
 from torch import Tensor, nn
 
 from fastbert import child
+from fastbert.contention import watch_contention
 from fastbert.data.packing import PackedBatch
 from fastbert.heap import keep_heap
 from fastbert.models.build import Model, build_model
@@ -244,6 +245,7 @@ def work() -> None:
     # It holds the other end of stdin as long as it lives, also while a pack is computed here.
     threading.Thread(target=_end_with_the_parent, daemon=True).start()
     keep_heap()
+    watch_contention()
     config, vocab_size, impl, tied, operands, recompute = pickle.loads(pipe.recv_bytes())
     with torch.device("meta"):
         model = build_model(config, vocab_size, impl, tied=tied)
