@@ -526,6 +526,8 @@ def _final(at: Url, error: Exception) -> Exception | None:
         if "NoSuchBucket" in text or "bucket does not exist" in text:
             return _no_bucket(at)
         return FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(at))
+    if isinstance(error, OSError) and error.errno == errno.ENOSYS:
+        return OSError(errno.ENOSYS, text, str(at))
     if isinstance(error, (TypeError, AttributeError, NotImplementedError, IsADirectoryError)):
         return error
     return None
