@@ -192,10 +192,12 @@ def test_of_two_datasets_that_are_made_at_once_one_is_there(proxy, tmp_path):
     thread = threading.Thread(target=early.close)
     thread.start()
     wait_for(lambda: not proxy.fault.left)
+    assert storage.waits() == f"{at}/b/tokens"
     with pytest.raises(InputError, match=f"{at}/b: another dataset is being uploaded there"):
         late.close()
     proxy.released.set()
     thread.join()
+    assert storage.waits() == ""
     assert storage.names(at / "b") == ["manifest.json", "tokens"]
     assert storage.read(at / "b/tokens") == b"early"
 
