@@ -211,22 +211,39 @@ def test_damaged_checkpoints_are_skipped(lab, proxy, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_store_that_throttles_and_cuts_changes_no_loss(lab, proxy, dataset_url, tmp_path):
-    trial = BucketTrial(tmp_path / "a", proxy, dataset_url)
-    faults = [Faults("503", 3, "PUT"), Faults("cut", 2, "GET .*train"), Faults("lose", 1, "owners")]
+@pytest.mark.parametrize(("world", "stage"), [(1, 0), (2, 2)])
+def test_a_store_that_throttles_fails_and_cuts_changes_no_loss(
+    lab, proxy, dataset_url, tmp_path, world, stage
+):
+    trial = BucketTrial(tmp_path / "a", proxy, dataset_url, stage=stage)
+    faults = [
+        Faults("503", 3, "PUT"),
+        Faults("500", 2, "PUT .*tensors"),
+        Faults("500", 1, "GET .*train"),
+        Faults("cut", 2, "GET .*train"),
+        Faults("lose", 1, "owners"),
+    ]
     proxy.fault = lambda *request: next(filter(None, (f(*request) for f in faults)), "")
-    trial.resume()
-    assert [f.left for f in faults] == [0, 0, 0]
-    equal(trial, lab.undisturbed(1, 0))
+    trial.resume(world)
+    assert not any(f.left for f in faults)
+    equal(trial, lab.undisturbed(world, stage))
 
 
 @pytest.mark.slow
-def test_a_save_that_the_store_refuses_does_not_end_the_run(lab, proxy, tmp_path):
-    trial = BucketTrial(tmp_path / "a", proxy, lab.dataset)
-    proxy.fault = Faults("503", 7, "PUT .*step-00000003.*tensors")
-    out = trial.resume()
-    assert any("no checkpoint at step 3: " in x and "reduce your request rate" in x for x in out)
-    equal(trial, lab.undisturbed(1, 0))
+@pytest.mark.parametrize(
+    ("world", "stage", "status", "words"),
+    [(1, 0, "503", "reduce your request rate"), (2, 2, "500", "rank 1: .*internal error")],
+)
+def test_a_save_that_the_store_refuses_does_not_end_the_run(
+    lab, proxy, tmp_path, world, stage, status, words
+):
+    """All attempts to put the share of the last rank fail, which takes half a minute."""
+    trial = BucketTrial(tmp_path / "a", proxy, lab.dataset, stage=stage)
+    share = f"tensors-{world - 1:05d}"
+    proxy.fault = Faults(status, storage.ATTEMPTS, f"PUT .*step-00000003.*{share}")
+    out = trial.resume(world, "runtime.timeout_s=120")
+    assert any(re.search(f"no checkpoint at step 3: .*{words}", line) for line in out)
+    equal(trial, lab.undisturbed(world, stage))
 
 
 @pytest.mark.slow
