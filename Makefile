@@ -51,7 +51,7 @@ test-all: .venv/.installed-test ## all tests, including long kill tests, many ra
 torture: .venv/.installed-test ## 200 kills, 1,000 flipped bits, lost nodes: runs must resume with the same losses; takes an hour
 	@$(BIN)/python -m tests.torture
 
-mutants: .venv/.installed-test ## plant 70 faults, one at a time, and report which of them `make test` notices
+mutants: .venv/.installed-test ## plant 72 faults, one at a time, and report which of them `make test` notices
 	@$(BIN)/python -m tests.mutants
 
 check: .venv/.installed-test ## lint, format and types only

@@ -20,6 +20,7 @@ import io
 import os
 import random
 import re
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -44,6 +45,8 @@ _URL = re.compile(r"([a-z][a-z0-9+.-]+)://(.*)", re.DOTALL)
 _VARIABLE = re.compile(r"\$(?:([A-Z_][A-Z0-9_]*)\b|\{([A-Za-z_]\w*)\})")
 # The package and the extra of this project that open a kind of URL.
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs"}
+# What the threads of this process wait for; the one that has waited longest comes first.
+_WAITING: dict[int, Url] = {}
 # Errors of the libraries that mean that nobody has said who we are, by name.
 _NO_CREDENTIALS = {
     "NoCredentialsError",
@@ -171,6 +174,21 @@ def answering(at: Place | None = None) -> Iterator[None]:
         where = error.filename or at
         reason = error.strerror or error
         raise InputError(f"{where}: {reason}" if where else str(reason)) from error
+
+
+@contextlib.contextmanager
+def waiting_for(at: Url) -> Iterator[None]:
+    """Let `waits` name a place during the block, in which this thread waits for it."""
+    _WAITING[threading.get_ident()] = at
+    try:
+        yield
+    finally:
+        _WAITING.pop(threading.get_ident(), None)
+
+
+def waits() -> str:
+    """Return for what this process waits, in any of its threads: a URL, or ""."""
+    return next(map(str, list(_WAITING.values())), "")
 
 
 @dataclass(frozen=True)
@@ -507,20 +525,21 @@ def _ask(at: Url, request: Callable[[], T]) -> T:
         InputError: the user has to change something.
         OSError: the last attempt's.
     """
-    for attempt in range(ATTEMPTS):
-        try:
-            return request()
-        except Exception as error:
-            final = _final(at, error)
-            if final is not None:
-                raise final from None
-            if attempt == ATTEMPTS - 1:
-                reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-                raise OSError(
-                    errno.EIO, f"{' '.join(reason.split())} ({ATTEMPTS} attempts)", str(at)
-                ) from error
-            # Of many ranks that were throttled together, not all should come back together.
-            time.sleep(FIRST_PAUSE_S * 2**attempt * random.uniform(0.5, 1.0))
+    with waiting_for(at):
+        for attempt in range(ATTEMPTS):
+            try:
+                return request()
+            except Exception as error:
+                final = _final(at, error)
+                if final is not None:
+                    raise final from None
+                if attempt == ATTEMPTS - 1:
+                    reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+                    raise OSError(
+                        errno.EIO, f"{' '.join(reason.split())} ({ATTEMPTS} attempts)", str(at)
+                    ) from error
+                # Of many ranks that were throttled together, not all should come back together.
+                time.sleep(FIRST_PAUSE_S * 2**attempt * random.uniform(0.5, 1.0))
     raise AssertionError
 
 
@@ -547,6 +566,8 @@ def _final(at: Url, error: Exception) -> Exception | None:
         if "NoSuchBucket" in text or "bucket does not exist" in text:
             return _no_bucket(at)
         return FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(at))
+    if isinstance(error, OSError) and error.errno == errno.ENOSYS:
+        return OSError(errno.ENOSYS, text, str(at))
     if isinstance(error, (TypeError, AttributeError, NotImplementedError, IsADirectoryError)):
         return error
     return None

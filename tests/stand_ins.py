@@ -8,6 +8,7 @@ to. It runs the commands of any client, so it is only for nodes without a connec
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -17,6 +18,7 @@ import socketserver
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ from typing import Any
 PORT = 22
 END = b"\0"  # the exit code follows; the output before it is text
 STARTS = 5  # of a job, at most
+FLAGS = ("requeue", "parsable")  # options of Slurm without a value
 
 
 def install(folder: Path) -> None:
@@ -126,9 +129,11 @@ def pdsh(arguments: list[str]) -> int:
 
 
 def sbatch(arguments: list[str]) -> int:
-    """Run `[--OPTION=VALUE or --OPTION VALUE]... SCRIPT ARGUMENTS...`."""
+    """Run `[--OPTION=VALUE or --OPTION VALUE]... SCRIPT ARGUMENTS...`, or what `--wrap` says."""
     options: dict[str, str] = {}
     given, rest = _options(arguments)
+    if "wrap" in given:
+        return _wrapped(given)
     script, *rest = rest
     for line in Path(script).read_text().splitlines():
         if line.startswith("#SBATCH"):
@@ -154,6 +159,36 @@ def sbatch(arguments: list[str]) -> int:
             if not Path(environment["REQUEUED"]).exists():
                 break
     return code
+
+
+def _wrapped(options: dict[str, str]) -> int:
+    """Run the line of `--wrap` here, as a job or as an array of jobs, and print the job's number.
+
+    A job whose `--dependency` has failed is not run, and counts as failed.
+    """
+    assert "parsable" in options
+    record = Path("slurm-jobs.json")
+    codes: list[int] = json.loads(record.read_text()) if record.exists() else []
+    number, (kind, _, before) = len(codes) + 1, options.get("dependency", "").partition(":")
+    assert kind in ("", "afterok")
+    first, _, last = options.get("array", "4294967294").partition("-")  # that of a single job
+
+    def run(index: int) -> int:
+        log = options["output"].replace("%A", str(number)).replace("%a", str(index))
+        own = {"SLURM_ARRAY_TASK_ID": str(index)} if "array" in options else {}
+        with open(log, "ab") as file:
+            return subprocess.run(
+                ["sh", "-c", options["wrap"]], env={**os.environ, **own}, stdout=file, stderr=file
+            ).returncode
+
+    if before and codes[int(before) - 1] != 0:
+        codes.append(1)
+    else:
+        with ThreadPoolExecutor(2) as pool:
+            codes.append(max(map(abs, pool.map(run, range(int(first), int(last or first) + 1)))))
+    record.write_text(json.dumps(codes))
+    print(number)
+    return 0
 
 
 def srun(arguments: list[str]) -> int:
@@ -190,7 +225,7 @@ def scontrol(arguments: list[str]) -> int:
 
 
 def _options(words: list[str]) -> tuple[dict[str, str], list[str]]:
-    """Split off the leading options: `--name=value`, `--name value` or (only --requeue) `--name`.
+    """Split off the leading options: `--name=value`, `--name value`, or `--name` of a FLAG.
 
     Returns:
         The options, and the words after them.
@@ -198,12 +233,12 @@ def _options(words: list[str]) -> tuple[dict[str, str], list[str]]:
     options, words = {}, list(words)
     while words and words[0].startswith("--"):
         name, equals, value = words.pop(0)[2:].partition("=")
-        options[name] = value if equals or name == "requeue" else words.pop(0)
+        options[name] = value if equals or name in FLAGS else words.pop(0)
     return options, words
 
 
-# Kubernetes: an Indexed Job with one pod per node. Its controller is in `kubectl apply`, which
-# waits for the Job to end.
+# Kubernetes: an Indexed Job with one pod per node, or without a Service, with all pods here. Its
+# controller is in `kubectl apply`, which waits for the Job to end.
 
 
 def kubectl(arguments: list[str]) -> int:
@@ -227,13 +262,13 @@ def kubectl(arguments: list[str]) -> int:
     }
     name, job = kinds["Job"]["metadata"]["name"], kinds["Job"]["spec"]
     pod = job["template"]["spec"]
-    assert (
-        kinds["Service"]["metadata"]["name"] == pod["subdomain"]
-        and job["completionMode"] == "Indexed"
-    )
-    assert pod["restartPolicy"] == "Never" and job["completions"] == job["parallelism"]
+    assert job["completionMode"] == "Indexed" and pod["restartPolicy"] == "Never"
+    assert job["completions"] == job["parallelism"]
     (container,) = pod["containers"]
     count = job["completions"]
+    if "Service" not in kinds:
+        return _complete(name, job, functools.partial(_pod_here, pod))
+    assert kinds["Service"]["metadata"]["name"] == pod["subdomain"]
     hosts = "".join(
         f"10.77.0.{i + 1} {name}-{i}.{pod['subdomain']} {name}-{i}\n" for i in range(count)
     )
@@ -253,15 +288,32 @@ def kubectl(arguments: list[str]) -> int:
     }
     line = f"cd /mnt/work && exec {shlex.join(container['command'] + container['args'])}"
 
+    def start(i: int) -> int:
+        own = {**environment, "JOB_COMPLETION_INDEX": str(i)}
+        return remote(f"node{i}", line, own, prefix=f"{name}-{i}: ")
+
+    return _complete(name, job, start)
+
+
+def _pod_here(pod: dict[str, Any], i: int) -> int:
+    """Run a pod here, where the current folder is its one volume; return its exit code."""
+    (container,), (volume,) = pod["containers"], pod["volumes"]
+    (mount,) = container["volumeMounts"]
+    assert "persistentVolumeClaim" in volume and mount["name"] == volume["name"]
+    assert mount["mountPath"] == container["workingDir"]
+    words = [*container["command"], *container["args"]]
+    words = [word.replace("$(JOB_COMPLETION_INDEX)", str(i)) for word in words]
+    own = {**os.environ, "JOB_COMPLETION_INDEX": str(i)}
+    return subprocess.run(words, env=own, stderr=subprocess.STDOUT).returncode
+
+
+def _complete(name: str, job: dict[str, Any], start: Callable[[int], int]) -> int:
+    """Run the pods of a Job until it completes (0) or fails (1); `start` runs one of an index."""
+
     def index(i: int) -> bool:
         """Run one pod after another until one succeeds; return whether one did."""
         for attempt in range(min(STARTS, job["backoffLimit"])):
-            code = remote(
-                f"node{i}",
-                line,
-                {**environment, "JOB_COMPLETION_INDEX": str(i)},
-                prefix=f"{name}-{i}: ",
-            )
+            code = start(i)
             print(f"{name}-{i}: start {attempt + 1}: exit code {code}", flush=True)
             if code == 0:
                 return True
@@ -269,8 +321,8 @@ def kubectl(arguments: list[str]) -> int:
                 return False
         return False
 
-    with ThreadPoolExecutor(count) as pool:
-        return 0 if all(pool.map(index, range(count))) else 1
+    with ThreadPoolExecutor(job["parallelism"]) as pool:
+        return 0 if all(pool.map(index, range(job["completions"]))) else 1
 
 
 def _secret(name: str, key: str) -> str:

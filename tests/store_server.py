@@ -14,10 +14,15 @@ from typing import Any
 import pytest
 
 BUCKET = "bucket"
-SLOW_DOWN = (
-    b'<?xml version="1.0"?><Error><Code>SlowDown</Code>'
-    b"<Message>Please reduce your request rate.</Message></Error>"
-)
+# What S3 says of them.
+ERRORS = {
+    "500": ("InternalError", "We encountered an internal error. Please try again."),
+    "501": (
+        "NotImplemented",
+        "A header you provided implies functionality that is not implemented.",
+    ),
+    "503": ("SlowDown", "Please reduce your request rate."),
+}
 
 
 def credentials(port: int, user: str = "user") -> dict[str, str]:
@@ -38,7 +43,8 @@ class Proxy:
         port: where it listens.
         requests: method and path of all requests.
         fault: called with method and path; returns for each request "" or the fault to answer with:
-            "503" (refused), "cut" (half of the answer), "lose" (done, without an answer), "hold".
+            one of ERRORS (refused), "cut" (half of the answer), "lose" (done, without an answer),
+            "hold".
         released: held requests wait for it, and are cut then.
     """
 
@@ -62,9 +68,12 @@ class Proxy:
                     self.close_connection = True
                     return
                 data = self.body()
-                if fault == "503":
-                    text = b"" if self.command == "HEAD" else SLOW_DOWN
-                    return self.answer(503, {"Content-Type": "application/xml"}, text)
+                if fault in ERRORS:
+                    code, words = ERRORS[fault]
+                    text = f"<Error><Code>{code}</Code><Message>{words}</Message></Error>"
+                    text = "" if self.command == "HEAD" else f'<?xml version="1.0"?>{text}'
+                    headers = {"Content-Type": "application/xml"}
+                    return self.answer(int(fault), headers, text.encode())
                 upstream = http.client.HTTPConnection("127.0.0.1", server_port)
                 headers = {k: v for k, v in self.headers.items() if k != "Expect"}
                 upstream.request(self.command, self.path, data, headers)

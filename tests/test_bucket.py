@@ -7,7 +7,9 @@ own, and so has every rank: they share nothing but the bucket.
 from __future__ import annotations
 
 import json
+import re
 import signal
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +20,13 @@ import fastbert
 from fastbert import cli, storage
 from fastbert.checkpoints.bucket import OWNERS, Attempt, Owner, _belongs
 from fastbert.checkpoints.failpoint import UPLOAD_POINTS
+from fastbert.config import ObjectiveConfig, RunConfig
+from fastbert.data.blocks import BLOCK_BYTES
+from fastbert.data.dataset import TokenDataset
+from fastbert.data.window_order import Windows
 from fastbert.durable import sha256_of
 from fastbert.storage import Url
+from tests.block_dataset import in_blocks
 from tests.ranks import Ranks
 from tests.store_server import BUCKET, Faults, Proxy, credentials, make_bucket, s3_server
 from tests.trials import Laboratory, Trial, wait_for
@@ -68,7 +75,10 @@ class BucketTrial(Trial):
     Attributes:
         url: of the run.
         machine: the local disks of the next start; another name means other machines.
+        disk: a disk for each rank; without the variable they share one.
     """
+
+    disk = "$RANK"
 
     def __init__(self, folder: Path, proxy: Proxy, dataset: str | Path, stage: int = 0):
         self.url = Url(f"s3://{BUCKET}/runs/{folder.parent.name}-{folder.name}")
@@ -77,7 +87,10 @@ class BucketTrial(Trial):
         self.machine, self._port = "first", proxy.port
 
     def start(self, world: int = 1, *overrides: str, **more: str) -> Ranks:
-        disks = {"FASTBERT_CACHE": f"{self.folder}/{self.machine}-$RANK", "HOME": str(self.folder)}
+        disks = {
+            "FASTBERT_CACHE": f"{self.folder}/{self.machine}-{self.disk}",
+            "HOME": str(self.folder),
+        }
         return super().start(world, *overrides, **credentials(self._port), **disks, **more)
 
     def records(self, *events: str | None) -> list[dict[str, Any]]:
@@ -198,22 +211,39 @@ def test_damaged_checkpoints_are_skipped(lab, proxy, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_store_that_throttles_and_cuts_changes_no_loss(lab, proxy, dataset_url, tmp_path):
-    trial = BucketTrial(tmp_path / "a", proxy, dataset_url)
-    faults = [Faults("503", 3, "PUT"), Faults("cut", 2, "GET .*train"), Faults("lose", 1, "owners")]
+@pytest.mark.parametrize(("world", "stage"), [(1, 0), (2, 2)])
+def test_a_store_that_throttles_fails_and_cuts_changes_no_loss(
+    lab, proxy, dataset_url, tmp_path, world, stage
+):
+    trial = BucketTrial(tmp_path / "a", proxy, dataset_url, stage=stage)
+    faults = [
+        Faults("503", 3, "PUT"),
+        Faults("500", 2, "PUT .*tensors"),
+        Faults("500", 1, "GET .*train"),
+        Faults("cut", 2, "GET .*train"),
+        Faults("lose", 1, "owners"),
+    ]
     proxy.fault = lambda *request: next(filter(None, (f(*request) for f in faults)), "")
-    trial.resume()
-    assert [f.left for f in faults] == [0, 0, 0]
-    equal(trial, lab.undisturbed(1, 0))
+    trial.resume(world)
+    assert not any(f.left for f in faults)
+    equal(trial, lab.undisturbed(world, stage))
 
 
 @pytest.mark.slow
-def test_a_save_that_the_store_refuses_does_not_end_the_run(lab, proxy, tmp_path):
-    trial = BucketTrial(tmp_path / "a", proxy, lab.dataset)
-    proxy.fault = Faults("503", 7, "PUT .*step-00000003.*tensors")
-    out = trial.resume()
-    assert any("no checkpoint at step 3: " in x and "reduce your request rate" in x for x in out)
-    equal(trial, lab.undisturbed(1, 0))
+@pytest.mark.parametrize(
+    ("world", "stage", "status", "words"),
+    [(1, 0, "503", "reduce your request rate"), (2, 2, "500", "rank 1: .*internal error")],
+)
+def test_a_save_that_the_store_refuses_does_not_end_the_run(
+    lab, proxy, tmp_path, world, stage, status, words
+):
+    """All attempts to put the share of the last rank fail, which takes half a minute."""
+    trial = BucketTrial(tmp_path / "a", proxy, lab.dataset, stage=stage)
+    share = f"tensors-{world - 1:05d}"
+    proxy.fault = Faults(status, storage.ATTEMPTS, f"PUT .*step-00000003.*{share}")
+    out = trial.resume(world, "runtime.timeout_s=120")
+    assert any(re.search(f"no checkpoint at step 3: .*{words}", line) for line in out)
+    equal(trial, lab.undisturbed(world, stage))
 
 
 @pytest.mark.slow
@@ -266,6 +296,68 @@ def test_a_stalled_fetch_is_named(lab, proxy, dataset_url, tmp_path):
     with trial.start(2, "runtime.timeout_s=6") as ranks:
         assert ranks.wait() == [1, 1]
         assert f"at fetching {dataset_url}" in ranks.errors and "storage.py" in ranks.errors
+
+
+@pytest.fixture
+def in_windows(proxy, small_dataset, tmp_path) -> tuple[TokenDataset, Url]:
+    """A dataset of which the steps of a trial need several windows, on a disk and in the bucket.
+
+    Each block is a file of its own, so that the path of a request tells the block.
+    """
+    local = in_blocks(small_dataset, tmp_path / "windows", block_documents=2, blocks_per_shard=1)
+    url = Url(f"s3://{BUCKET}/{tmp_path.name}-windows")
+    for entry in storage.objects(local.path):
+        storage.put(local.path / entry.name, url / entry.name)
+    return local, url
+
+
+WINDOWED = 'objective.kind="mlm"', f"order.window={3 * BLOCK_BYTES >> 20} MiB"
+
+
+@pytest.mark.slow
+def test_ranks_fetch_each_block_of_a_window_once_for_their_machine(in_windows, proxy, tmp_path):
+    local, url = in_windows
+    trial = BucketTrial(tmp_path / "a", proxy, url)
+    trial.disk = "all"
+    trial.resume(2, *WINDOWED)
+    on_a_disk = Trial(tmp_path / "b", local.path)
+    on_a_disk.resume(2, *WINDOWED)
+    equal(trial, on_a_disk)
+    asked = Counter(
+        path for method, path in proxy.requests if "/train-" in path and method == "GET"
+    )
+    assert set(asked.values()) == {1}
+    found = {path.partition("-windows/")[2].partition("?")[0] for path in asked}
+    stream = Windows(
+        local.blocks["train"],
+        ObjectiveConfig(kind="mlm", segments="single"),
+        64,
+        RunConfig(data="unused").seed,
+        3 * BLOCK_BYTES,
+        "",
+    )
+    names = [{piece.name for piece in stream.blocks_of(i).pieces()} for i in range(stream.windows)]
+    opened = sum(not names[i].isdisjoint(found) for i in range(stream.windows))
+    assert 3 < opened < stream.windows and found == set().union(*names[:opened])
+
+
+@pytest.mark.slow
+def test_a_stalled_fetch_of_a_window_is_named(in_windows, proxy, tmp_path):
+    trial = BucketTrial(tmp_path / "a", proxy, in_windows[1], stage=2)
+    seen = Counter[str]()
+
+    def third(method: str, path: str) -> str:
+        """Hold what the second rank asks for, once the first two windows are there."""
+        if "/train-" in path and method == "GET":
+            seen[path] += 1
+            return "hold" if seen[path] == 2 and len(seen) > 6 else ""
+        return ""
+
+    proxy.fault = third
+    with trial.start(2, "runtime.timeout_s=10", *WINDOWED) as ranks:
+        assert ranks.wait() == [1, 1]
+        words = rf"at step \d+, waiting for {in_windows[1]}/part-00000/train-\d+, in .*prefetch\.py"
+        assert re.search(words, ranks.errors), ranks.errors
 
 
 @pytest.mark.slow

@@ -1,12 +1,12 @@
 """Recipes: defaults, overrides, round trip, and one clear line for every error."""
 
-import contextlib
 import dataclasses
 import os
+import re
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastbert.config import MODERNBERT_PRESETS, PRESETS, RunConfig
@@ -213,10 +213,29 @@ def test_a_recipe_that_is_not_there(tmp_path):
         load_config(tmp_path / "none.toml")
 
 
-@given(st.text(max_size=60))
-def test_rubbish_is_an_input_error_or_a_recipe(text):
-    with contextlib.suppress(InputError):
-        parse_config(text, "rubbish")
+# Pieces of recipes, some of them wrong.
+PIECES = ['data = "x"', "data = [", "[batch]", "[[phase]]", "[model", "=", "sequences = 8", "seed"]
+PIECES += [
+    "sequences = 0",
+    "seed = 3",
+    'seed = "3"',
+    'init = ""',
+    "[data]",
+    "steps = 1e3",
+    "\n",
+    " ",
+]
+
+
+@settings(deadline=None)
+@given(st.text(max_size=60) | st.lists(st.sampled_from(PIECES)).map("\n".join))
+def test_rubbish_is_a_recipe_or_an_error_of_one_line_that_names_the_file(text):
+    try:
+        config = parse_config(text, "rubbish")
+    except InputError as error:
+        assert re.fullmatch(r"rubbish\b.+", str(error))
+    else:
+        assert parse_config(dump_config(config), "again") == config
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 
 from fastbert.data.engine_ray import check_ray, map_on_ray
-from fastbert.data.prepare import prepare
+from fastbert.data.prepare import Options, job_of, prepare
 from fastbert.data.sources import find_sources
 from fastbert.errors import InputError
 from tests.prepared import files_of, small_pieces
@@ -94,29 +94,36 @@ def test_order_and_errors(cluster: Any, tmp_path: Path) -> None:
 @needs_ray
 @pytest.mark.slow
 @pytest.mark.usefixtures("small_pieces")
-def test_a_node_is_killed(cluster: Any, tmp_path: Path, english_documents: list[str]) -> None:
-    """Three nodes of one core; one of them is killed while it works."""
+@pytest.mark.parametrize("kills", [0, 1])
+def test_three_nodes_make_the_same_dataset(
+    cluster: Any, tmp_path: Path, english_documents: list[str], kills: int
+) -> None:
+    """The nodes have one core each; where one is killed, it is killed while the text is encoded."""
     draw = random.Random(0)
     text = tmp_path / "a.jsonl"
     with open(text, "w") as file:
-        for _ in range(20):
+        for _ in range(20 if kills else 5):
             for document in draw.sample(english_documents, len(english_documents)):
                 file.write(json.dumps({"text": document + f" {draw.random()}."}) + "\n")
     nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
     out, work = tmp_path / "ray", tmp_path / "ray.work"
-    seen = list[int]()
+    pieces = job_of([text], out, Options(**OPTIONS)).plan.pieces
+    encoded = list[int]()
 
     def kill() -> None:
-        while len(pieces := list(work.glob("piece-*.npz"))) < 10:
+        while len(list(work.glob("piece-*.npz"))) < 10:
             time.sleep(0.05)
-        seen.append(len(pieces))
         cluster.remove_node(nodes[0], allow_graceful=False)
+        encoded.append(len(list(work.glob("piece-*.npz"))))
 
     killer = threading.Thread(target=kill)
-    killer.start()
+    if kills:
+        killer.start()
     prepare([text], out, engine="ray", ray_address=cluster.address, **OPTIONS)
-    killer.join()
-    assert seen and len(cluster.list_all_nodes()) == 2
+    if kills:
+        killer.join()
+        assert 10 <= encoded[0] < pieces, "the node was killed before all was encoded"
+    assert len(cluster.list_all_nodes()) == 3 - kills
     prepare([text], tmp_path / "local", workers=2, **OPTIONS)
     assert files_of(out) == files_of(tmp_path / "local")
     assert "ray" in sys.modules

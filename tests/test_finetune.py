@@ -117,7 +117,9 @@ def test_examples_that_look_wrong_are_said(folder, files: tuple[Path, Path], tmp
             finetune(
                 fastbert.load(folder), tmp_path / "x.csv", evaluation, None, Settings(epochs=1)
             )
-        return [str(each.message) for each in caught if each.category is DataWarning]
+        said = [each for each in caught if each.category is DataWarning]
+        assert {each.filename for each in said} <= {__file__}
+        return [str(each.message) for each in said]
 
     (tmp_path / "y.csv").write_text("text,label\nthe list,1\na class,0\na name,1\n")
     rows = "text,label\nthe list,1\nthe name,0\n"
@@ -145,8 +147,9 @@ def test_numbers_with_fractions_are_seldom_classes(folder, tmp_path, labels, reg
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", DataWarning)
         finetune(fastbert.load(folder), file, file, None, Settings(epochs=1, regression=regression))
+    named = [each.filename for each in caught if "--regression learns" in str(each.message)]
     found = [str(each.message) for each in caught if "--regression learns" in str(each.message)]
-    assert bool(found) == says
+    assert named == [__file__] * says
     assert not says or f"such as {labels[0]}, and each of the {len(labels)} is a" in found[0]
 
 
@@ -429,8 +432,10 @@ def test_an_evaluation_of_one_label_is_said(folder, tmp_path):
     test = write_rows(tmp_path / "test.csv", [(text, "1") for text, _ in rows])
     for regression, names in ((False, "f1 and matthews"), (True, "spearman and pearson")):
         settings = Settings(epochs=1, regression=regression)
-        with pytest.warns(DataWarning, match=f"test.csv: every label is '1'; {names} say nothing"):
+        words = f"test.csv: every label is '1'; {names} say nothing"
+        with pytest.warns(DataWarning, match=words) as caught:
             finetune(fastbert.load(folder), train, test, None, settings)
+        assert {warning.filename for warning in caught} == {__file__}
 
 
 @pytest.mark.parametrize("label", [r"$\frac{$", "$5 or $6", "a\nb", "\ud800"])
@@ -486,8 +491,9 @@ def test_what_is_cut_is_counted(folder, tmp_path):
         (file, "a.csv: 2 of 3 examples are longer than --max-length = 16 tokens; .* up to 32"),
         (pairs, r"pairs.csv: 1 of 2 examples are longer than --max-length = 16 tokens"),
     ):
-        with pytest.warns(LengthWarning, match=words):
+        with pytest.warns(LengthWarning, match=words) as caught:
             finetune(fastbert.load(folder), examples, examples, None, Settings(1, max_length=16))
+        assert {warning.filename for warning in caught} == {__file__}
     short = write_rows(tmp_path / "b.csv", [("a list", "x"), ("a name", "y")])
     with warnings.catch_warnings():
         warnings.simplefilter("error", LengthWarning)

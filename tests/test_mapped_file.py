@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import os
 import resource
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,7 @@ import pytest
 
 from fastbert.data.mapped_file import map_ranges
 from fastbert.data.shard_split import ShardSplit
+from tests.ranks import environment
 from tests.shard_writer import ShardWriter
 
 U2 = np.dtype("<u2")
@@ -56,6 +59,48 @@ def test_what_cannot_be_mapped(file):
         map_file(file, U2, 5001)
     with pytest.raises(FileNotFoundError):
         map_file(file.with_name("none"), U2, 1)
+
+
+# Every second page of a region gets other rights, which makes mappings until there are no more.
+ALL_MAPPINGS = """
+import ctypes, sys
+from pathlib import Path
+import numpy as np
+from fastbert.data import mapped_file
+from fastbert.errors import InputError
+
+libc, page = mapped_file._LIBC, 4096
+libc.mprotect.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
+most = int(Path("/proc/sys/vm/max_map_count").read_text())
+region = mapped_file._map(None, 2 * most * page, 0, 0x4022, -1, 0)
+ranges = [(Path(sys.argv[1]), page * i, page) for i in reversed(range(40))]
+count = 0
+while libc.mprotect(region + 2 * count * page, page, 1) == 0:
+    count += 1
+for i in range(count - 10, count):  # Python needs a few
+    libc.mprotect(region + 2 * i * page, page, 0)
+try:
+    mapped_file.map_ranges(ranges, np.arange(41) * page)
+except InputError as error:
+    print(error)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="counts mappings in /proc")
+def test_more_mappings_than_allowed_are_one_clear_error(tmp_path):
+    (tmp_path / "blocks").write_bytes(bytes(40 * 4096))
+    done = subprocess.run(
+        [sys.executable, "-c", ALL_MAPPINGS, str(tmp_path / "blocks")],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    most = int(Path("/proc/sys/vm/max_map_count").read_text())
+    assert done.stdout == (
+        f"{tmp_path}/blocks: cannot be mapped: this process has {most:,} mappings, as many as the "
+        f"system allows; lower order.window, or raise vm.max_map_count (now {most:,})\n"
+    ), done.stderr
 
 
 def test_a_split_of_more_shards_than_descriptors(tmp_path):

@@ -564,3 +564,15 @@ def test_a_plan_from_the_recipes_that_come_along():
     for path in (Path(__file__).parents[1] / "fastbert/recipes").glob("*.toml"):
         rows = dict(describe(plan(load_config(path), str(path), 8, "h100", stage=1)))
         assert "M, " in rows["parameters"] and rows["limited by"]
+
+
+def test_a_plan_says_what_measures_the_time_to_make_the_dataset(small_dataset, tmp_path):
+    def said(data: Path) -> bool:
+        found = plan(load_config("mini", {"data": str(data)}), "mini", 1, "h100").assumptions
+        return any("`fastbert prepare SOURCE --estimate` measures" in line for line in found)
+
+    assert said(tmp_path / "none") and not said(small_dataset.path)
+    (text := tmp_path / "a.txt").write_text("One.\n\nTwo.\n")
+    words = rf"{text}: a file, and no dataset; .*`fastbert prepare {text} --out DIR`.*--estimate"
+    with pytest.raises(InputError, match=words):
+        said(text)

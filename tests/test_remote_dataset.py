@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
+import threading
 from pathlib import Path
 
 import pytest
@@ -20,7 +22,9 @@ from fastbert.errors import InputError
 from fastbert.planning.plan import plan
 from fastbert.recipe import load_config
 from fastbert.storage import Url
+from tests.ranks import Ranks
 from tests.store_server import BUCKET, Faults, Proxy, credentials, make_bucket, s3_server
+from tests.trials import wait_for
 
 
 @pytest.fixture(scope="module")
@@ -161,6 +165,73 @@ def test_a_killed_upload_is_completed_by_the_same_request(proxy, tmp_path, monke
     upload(*request)
     assert "whose upload was killed; it will be completed" in capsys.readouterr().err
     assert storage.names(at) == ["manifest.json", "tokens"]
+
+
+def small_upload(at: Url, tokens: bytes) -> contextlib.ExitStack:
+    """Prepare to upload a dataset; what it is made from is different for other tokens."""
+    stack = contextlib.ExitStack()
+    made = stack.enter_context(remote_dataset.uploading(at, tokens))
+    made.mkdir()
+    (made / "manifest.json").write_bytes(sealed({"files": {}, "tokens": str(tokens)}))
+    (made / "tokens").write_bytes(tokens)
+    return stack
+
+
+def test_of_two_datasets_that_are_made_at_once_one_is_there(proxy, tmp_path):
+    """The other one is refused before it has written anything, and removes nothing."""
+    at = Url(f"s3://{BUCKET}/{tmp_path.name}")
+    late = small_upload(at / "a", b"late")
+    small_upload(at / "a", b"early").close()
+    with pytest.raises(InputError, match=f"{at}/a: exists already"):
+        late.close()
+    assert storage.names(at / "a") == ["manifest.json", "tokens"]
+    assert storage.read(at / "a/tokens") == b"early"
+
+    late, early = small_upload(at / "b", b"late"), small_upload(at / "b", b"early")
+    proxy.fault = Faults("hold", 1, "PUT .*/b/tokens")
+    thread = threading.Thread(target=early.close)
+    thread.start()
+    wait_for(lambda: not proxy.fault.left)
+    assert storage.waits() == f"{at}/b/tokens"
+    with pytest.raises(InputError, match=f"{at}/b: another dataset is being uploaded there"):
+        late.close()
+    proxy.released.set()
+    thread.join()
+    assert storage.waits() == ""
+    assert storage.names(at / "b") == ["manifest.json", "tokens"]
+    assert storage.read(at / "b/tokens") == b"early"
+
+
+def test_a_store_without_conditions_gets_a_dataset_too(proxy, tmp_path):
+    at = Url(f"s3://{BUCKET}/{tmp_path.name}/d")
+    faults = [Faults("501", 1, "PUT .*upload"), Faults("501", 1, "PUT .*manifest")]
+    proxy.fault = lambda *request: next(filter(None, (f(*request) for f in faults)), "")
+    small_upload(at, b"123").close()
+    assert not any(f.left for f in faults)
+    assert storage.names(at) == ["manifest.json", "tokens"]
+
+
+@pytest.mark.slow
+def test_two_commands_at_once_with_one_url_leave_the_dataset_of_one(
+    proxy, english_documents, tmp_path
+):
+    at = Url(f"s3://{BUCKET}/{tmp_path.name}/d")
+    options, wanted = ["--vocab-size", "400", "--workers", "1"], []
+    for name, documents in (("a", english_documents[:60]), ("b", english_documents[60:120])):
+        (tmp_path / f"{name}.txt").write_text("\n\n".join(documents), encoding="utf-8")
+        prepare([tmp_path / f"{name}.txt"], tmp_path / name, **OPTIONS)
+        wanted.append(hashes(tmp_path / name))
+    first, second = (
+        Ranks(
+            ["prepare", f"{tmp_path}/{name}.txt", "--out", str(at), *options],
+            tmp_path / f"{name}-said",
+        )
+        for name in "ab"
+    )
+    with first, second:
+        codes = first.wait() + second.wait()
+        assert sorted(codes) == [0, 2], first.errors + second.errors
+    assert hashes(fetch_dataset(at)) == wanted[codes.index(0)]
 
 
 def test_text_is_added_to_a_dataset_on_a_disk_alone(small_dataset, tmp_path, monkeypatch):

@@ -23,7 +23,7 @@ from typing import Any
 import pytest
 import torch
 
-from fastbert.checkpoints import checkpoint
+from fastbert.checkpoints import checkpoint, saver
 from fastbert.checkpoints.checkpoint import MANIFEST, newest_valid, read_all
 from fastbert.checkpoints.failpoint import POINTS, reach
 from fastbert.checkpoints.saver import OnDisk, Saver
@@ -296,8 +296,17 @@ def test_training_continues_while_a_copy_is_written(ranks, tmp_path):
     )
 
 
-def test_the_points_of_a_save_are_many():
-    assert len(POINTS) >= 14 and len(set(POINTS)) == len(POINTS)
+def test_a_save_reaches_every_point_in_the_order_of_the_list(tmp_path, monkeypatch):
+    """A place that the list lacks would be killed by no test."""
+    folder, seen = tmp_path / "checkpoints", list[str]()
+    for module in (checkpoint, saver):
+        monkeypatch.setattr(module, "reach", seen.append)
+    save(folder, 1, tensors(1), {}, 1)
+    os.truncate(save(folder, 2, tensors(2), {}, 2) / MANIFEST, 100)
+    seen.clear()
+    with join(TIMEOUT_S) as group:
+        saves(group, folder, 2, keep=1)
+    assert list(dict.fromkeys(seen)) == list(POINTS)  # two old ones are deleted
 
 
 @pytest.mark.parametrize("world, rank, point", CRASHES)

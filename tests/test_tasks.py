@@ -86,7 +86,7 @@ def replaced(name: str, changes: dict[str, str]) -> str:
     return name
 
 
-@pytest.mark.parametrize(("first", "kills"), [(0, 1), slow(1, 4)])
+@pytest.mark.parametrize(("first", "kills"), [(0, 1), slow(1, 20)])
 def test_killed_at_any_moment(
     text: Path, wanted: dict[str, bytes], tmp_path: Path, first: int, kills: int
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import io
 import json
 import subprocess
@@ -13,7 +14,7 @@ from rich.console import Console
 from tiny_bert import make_hugging_face_folder
 
 from fastbert.cli import run as command_line
-from fastbert.terminal import safe, tell
+from fastbert.terminal import can_redraw, is_terminal, safe, tell
 from fastbert.training.monitor import Monitor
 from fastbert.training.train_state import StopCriteria
 from tests.ranks import ROOT, environment
@@ -93,6 +94,25 @@ def test_a_run_log_is_clean(tmp_path, capsys, monkeypatch):
     log = (tmp_path / "log.txt").read_text(encoding="utf-8")
     assert clean(log) and r"\x1b]0;owned" in log and "run 中文" in log
     assert clean(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("widgets", [True, False])
+def test_a_notebook_draws_bars_where_it_has_widgets(monkeypatch, tmp_path, widgets):
+    """Rich knows a notebook by the class of the shell that the kernel puts into builtins."""
+    shell = type("ZMQInteractiveShell", (), {})
+    monkeypatch.setattr(builtins, "get_ipython", shell, raising=False)
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    monkeypatch.delitem(sys.modules, "ipywidgets", raising=False)
+    if widgets:
+        (tmp_path / "ipywidgets.py").touch()
+    else:
+        monkeypatch.setitem(sys.modules, "ipywidgets", None)
+    console = Console(file=io.StringIO())
+    assert console.is_jupyter and not is_terminal(console.file)
+    assert can_redraw(console) == widgets
+    monkeypatch.setattr(builtins, "get_ipython", type("TerminalInteractiveShell", (), {}))
+    assert not Console(file=io.StringIO()).is_jupyter
+    assert can_redraw(Console(file=io.StringIO(), force_terminal=True))
 
 
 def test_no_stderr_no_line(monkeypatch, capsys):

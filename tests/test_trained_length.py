@@ -73,7 +73,9 @@ def test_fine_tuning_beyond_it_is_a_choice_that_is_warned_of(run, tmp_path, recw
         recwarn.clear()
         settings = Settings(epochs=1, max_length=max_length)
         finetune(fastbert.load(run), *files, tmp_path / out, settings)
-        said = [str(w.message) for w in recwarn if w.category is LengthWarning]
+        found = [w for w in recwarn if w.category is LengthWarning]
+        assert {w.filename for w in found} <= {__file__}
+        said = [str(w.message) for w in found]
         config = json.loads((tmp_path / out / "tokenizer_config.json").read_text())
         return said, config["model_max_length"]
 

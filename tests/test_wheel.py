@@ -23,7 +23,7 @@ from packaging.requirements import Requirement
 from tests.ranks import LAUNCHER
 
 ROOT = Path(__file__).parents[1]
-RECIPES = ["base.toml", "demo.toml", "ds_config.json", "large.toml", "library.toml", "mini.toml"]
+RECIPES = sorted(path.name for path in (ROOT / "fastbert/recipes").glob("*.*"))
 KERNELS_DATA = ["tiles.json", "resources.json", "py.typed"]
 
 pytestmark = pytest.mark.slow

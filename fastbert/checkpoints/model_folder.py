@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ from fastbert.checkpoints.weight_names import check_finite, check_layers, heads,
 from fastbert.checkpoints.weight_table import MLM, NSP
 from fastbert.config import ModelConfig, RunConfig
 from fastbert.data.tokenizer import behaviour, load_tokenizer, lowercases
-from fastbert.errors import InputError
+from fastbert.errors import InputError, warn
 from fastbert.presence import is_file, is_folder, status
 from fastbert.recipe import parse_config
 
@@ -127,7 +126,7 @@ def _hint(path: Path) -> str:
 def _from_run(path: Path) -> ModelParts:
     newest, complaints = checkpoint.newest_valid(path)
     for complaint in complaints if newest else ():
-        warnings.warn(f"{complaint}; an older checkpoint is taken", CheckpointWarning, stacklevel=4)
+        warn(f"{complaint}; an older checkpoint is taken", CheckpointWarning)
     if newest is None:
         if complaints:
             raise InputError(f"{path}: a run without a valid checkpoint: {complaints[0]}")

@@ -54,7 +54,7 @@ class Heartbeat(NamedTuple):
     Attributes:
         count: heartbeats so far; it stops when the process does.
         ticks: calls of `Watchdog.tick` so far.
-        what: the argument of the last call.
+        what: the argument of the last call, and what the process waits for besides.
         waiting: the main thread waits for other ranks, as far as its stack shows.
         where: the innermost line of fastbert on that stack.
         left: the rank has finished, and sends no more heartbeats.
@@ -74,14 +74,15 @@ class Watchdog:
     Args:
         group: its ranks call `tick` at the same places.
         timeout_s: how long a rank may take from one tick to the next, in seconds.
+        waits: returns what the other threads of this process wait for, for messages, or "".
 
     Raises:
         RankLost: at the end of the context, in place of an exception that another rank's end has
             caused; the message names that rank.
     """
 
-    def __init__(self, group: Group, timeout_s: float):
-        self._group, self._timeout_s = group, timeout_s
+    def __init__(self, group: Group, timeout_s: float, waits: Callable[[], str] = lambda: ""):
+        self._group, self._timeout_s, self._waits = group, timeout_s, waits
         self._every_s, self._look_s = min(HEARTBEAT_S, timeout_s / 10), min(LOOK_S, timeout_s / 2)
         self._tick = (0, "the start", time.monotonic())  # ticks, what, when
         self._main = threading.get_ident()
@@ -182,6 +183,8 @@ class Watchdog:
         try:
             while not self._over.is_set():
                 ticks, what, _ = self._tick
+                if found := self._waits():
+                    what = f"{what}, waiting for {found}"
                 self._heartbeat_store.write(
                     rank, Heartbeat(count, ticks, what, *_position(self._main))
                 )

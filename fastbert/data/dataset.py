@@ -27,7 +27,7 @@ from fastbert.data.split import Split
 from fastbert.data.verify import AGAIN, Claim, reading_part, verify_files
 from fastbert.durable import unsealed
 from fastbert.errors import InputError
-from fastbert.presence import is_folder
+from fastbert.presence import is_file, is_folder
 from fastbert.regular_file import read_bytes, read_text
 from fastbert.storage import Url, place
 
@@ -174,6 +174,11 @@ def open_dataset(path: str | Path, verify: bool = True) -> TokenDataset:
     at = place(path)
     path = fetch_dataset(at) if isinstance(at, Url) else at
     again = "make it again with `fastbert prepare`"
+    if is_file(path):
+        raise InputError(
+            f"{path}: a file, and no dataset; make one with `fastbert prepare {path} --out DIR`, "
+            "which measures with --estimate how long it takes"
+        )
     if not is_folder(path):
         raise InputError(
             f"{path}: no such dataset; make one with `fastbert prepare SOURCE --out {path}`"

@@ -16,6 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
+from fastbert.errors import InputError
+
 _LIBC = ctypes.CDLL(None, use_errno=True)
 _LIBC.mmap.restype = ctypes.c_void_p
 _LIBC.mmap.argtypes = (
@@ -43,6 +45,7 @@ def map_ranges(ranges: Sequence[tuple[Path, int, int]], places: np.ndarray) -> n
 
     Raises:
         OSError: a file cannot be opened or mapped, or is too short; its `filename` says which.
+        InputError: the process has as many mappings as it may (vm.max_map_count).
     """
     size = int(places[-1])
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NORESERVE
@@ -94,5 +97,21 @@ def _map(
     found = _LIBC.mmap(address, size, access, flags, file, offset)
     if found == _FAILED:
         number = ctypes.get_errno()
+        if number == errno.ENOMEM and (most := _most_mappings()):
+            raise InputError(
+                f"{path}: cannot be mapped: this process has {most:,} mappings, as many as the "
+                f"system allows; lower order.window, or raise vm.max_map_count (now {most:,})"
+            )
         raise OSError(number, os.strerror(number), str(path))
     return found
+
+
+def _most_mappings() -> int | None:
+    """Return the number of mappings that Linux allows a process, if this process has as many."""
+    try:
+        most = int(Path("/proc/sys/vm/max_map_count").read_text())
+        with open("/proc/self/maps", "rb") as file:  # of megabytes, and memory is short here
+            found = sum(part.count(b"\n") for part in iter(lambda: file.read(1 << 16), b""))
+    except OSError:
+        return None
+    return most if found >= most - 4 else None  # a new one may divide another one in three

@@ -61,7 +61,8 @@ class RemoteBlocks:
         try:
             waiting = pieces
             while waiting := [piece for piece in waiting if not self._fetched(piece)]:
-                time.sleep(WAIT_S)
+                with storage.waiting_for(self.url / waiting[0].name):
+                    time.sleep(WAIT_S)
         except OSError as error:
             where = error.filename or self.url
             raise InputError(f"{where}: {error.strerror or error}") from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 from collections.abc import Iterator
 from dataclasses import replace
@@ -143,23 +144,23 @@ def uploading(url: Url, *request: Any, add: bool = False) -> Iterator[Path]:
     with workspace("prepare") as folder:
         made = folder / url.name
         yield made
-        names = [entry.name for entry in storage.objects(made)]
-        names.sort(key=lambda name: name == MANIFEST)
+        names = [entry.name for entry in storage.objects(made) if entry.name != MANIFEST]
         size = sum((made / name).stat().st_size for name in names)
         tell(f"uploading {size / 1e9:,.2f} GB to {url}")
-        with exit_at_signals():
+        with exit_at_signals(), storage.answering(url):
+            _claim(url, begun)
             try:
-                storage.write(url / UPLOAD, begun)
                 for name in names:
                     storage.upload(made / name, url / name, sha256_of(made / name))
-                storage.remove(url / UPLOAD)
-            except BaseException as error:
-                for name in [*reversed(names), UPLOAD]:
-                    with contextlib.suppress(OSError, InputError):
-                        storage.remove(url / name)
-                if isinstance(error, OSError):
-                    raise InputError(f"{error.filename}: {error.strerror}") from None
+                if not _put_new(url / MANIFEST, (made / MANIFEST).read_bytes()):
+                    raise _exists(url)
+            except BaseException:
+                with contextlib.suppress(OSError, InputError):
+                    if storage.size(url / MANIFEST) is None:
+                        for name in [*names, UPLOAD]:
+                            storage.remove(url / name)
                 raise
+            storage.remove(url / UPLOAD)
 
 
 def _check_new(url: Url, begun: bytes) -> None:
@@ -170,7 +171,7 @@ def _check_new(url: Url, begun: bytes) -> None:
     except OSError as error:
         raise InputError(f"{url}: {error.strerror}") from None
     if MANIFEST in there:
-        raise InputError(f"{url}: exists already; remove it or choose another --out")
+        raise _exists(url)
     if ours:
         tell(f"{url}: holds a part of this dataset, whose upload was killed; it will be completed")
     elif there:
@@ -178,3 +179,37 @@ def _check_new(url: Url, begun: bytes) -> None:
             f"{url}: holds {', '.join(there[:3])}, and no dataset; if this is an upload that was "
             "killed, the same command completes it, else remove it or choose another --out"
         )
+
+
+def _claim(url: Url, begun: bytes) -> None:
+    """Begin an upload, which no other one can then do at this URL.
+
+    Raises:
+        InputError: another one has begun there since `_check_new`, and may have ended.
+    """
+    if not _put_new(url / UPLOAD, begun):
+        raise InputError(
+            f"{url}: another dataset is being uploaded there; choose another --out, or if that "
+            f"upload was killed, remove {url / UPLOAD}"
+        )
+    if storage.size(url / MANIFEST) is not None:
+        storage.remove(url / UPLOAD)
+        raise _exists(url)
+
+
+def _put_new(at: Url, data: bytes) -> bool:
+    """Put an object if there is none of that name; return whether it is ours.
+
+    Some stores say that they cannot make this a condition. There it is put in any case.
+    """
+    try:
+        return storage.write_new(at, data)
+    except OSError as error:
+        if error.errno != errno.ENOSYS:
+            raise
+    storage.write(at, data)
+    return True
+
+
+def _exists(url: Url) -> InputError:
+    return InputError(f"{url}: exists already; remove it or choose another --out")

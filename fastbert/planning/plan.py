@@ -699,4 +699,9 @@ def _examples(
         mean = (0.5 if config.objective.segments == "single" else 0.95) * config.batch.max_length
         lengths = np.full(wanted, round(mean))
         assumptions.append(f"{config.shown_data} is not here: {mean:.0f} tokens per example")
+    if not datasets:
+        assumptions.append(
+            f"{config.shown_data} is made already; `fastbert prepare SOURCE --estimate` measures "
+            "the hours that it takes"
+        )
     return vocab_size, lengths, epoch, assumptions

@@ -15,7 +15,6 @@ import dataclasses
 import itertools
 import math
 import statistics
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,7 +27,7 @@ from torch import Tensor, nn
 from fastbert.checkpoints.hugging_face import check_new, new_folder, write_folder
 from fastbert.checkpoints.weight_names import table_of, to_hugging_face
 from fastbert.data.packing import PackedBatch, pack_texts
-from fastbert.errors import Diverged, InputError
+from fastbert.errors import Diverged, InputError, warn
 from fastbert.models.build import Model
 from fastbert.progress import Follow, unseen
 from fastbert.tasks import scores
@@ -347,11 +346,10 @@ def _check(settings: Settings, pretrained: Pretrained) -> int:
             f"--max-length {max_length}: must be from 8 to the model's {longest} positions"
         )
     if max_length > trained:
-        warnings.warn(
+        warn(
             f"--max-length {max_length}: {pretrained.path} was trained on {trained} tokens at "
             "most; the positions behind those begin untrained here",
             LengthWarning,
-            stacklevel=4,
         )
     return max_length
 
@@ -406,11 +404,10 @@ def _warn_of_alike(training: Examples, labels: Sequence[str]) -> None:
         value = number(label)
         meaning = label.casefold() if value is None else value
         if (other := spellings.setdefault(meaning, label)) != label:
-            warnings.warn(
+            warn(
                 f"{training.file}: the labels {other!r} and {label!r} are two classes here; if "
                 "they are one, write them alike",
                 DataWarning,
-                stacklevel=5,
             )
 
 
@@ -419,12 +416,11 @@ def _warn_of_fractions(training: Examples, labels: Sequence[str]) -> None:
     values = {label: number(label) for label in labels}
     fractions = [label for label, value in values.items() if value is not None and value % 1 > 0]
     if fractions and None not in values.values():
-        warnings.warn(
+        warn(
             f"{training.file}: the labels are numbers with fractions, such as {fractions[0]}, and "
             f"each of the {len(labels):,} is a class here; --regression learns them as numbers, "
             "and --classes leaves this message out",
             DataWarning,
-            stacklevel=5,
         )
 
 
@@ -432,11 +428,10 @@ def _warn_of_one_label(test: Examples, task: _Task) -> None:
     """Warn where the labels of the evaluation do not vary, so that most scores are meaningless."""
     if len(set(task.targets(test).tolist())) == 1:
         others = [name for name in task.scores if name != "accuracy"]
-        warnings.warn(
+        warn(
             f"{test.file}: every label is {test.labels[0]!r}; {' and '.join(others)} say nothing "
             "of such a file",
             DataWarning,
-            stacklevel=4,
         )
 
 
@@ -447,11 +442,10 @@ def _warn_of_shared(training: Examples, test: Examples) -> None:
     )
     known = set(seen)
     if shared := sum(texts in known for texts in asked):
-        warnings.warn(
+        warn(
             f"{test.file}: {shared:,} of {len(asked):,} texts are also in {training.file}; "
             "the scores are better than for new texts",
             DataWarning,
-            stacklevel=4,
         )
 
 
@@ -523,11 +517,10 @@ class _Encoded:
         if cut := sum(length > room for length in lengths):
             positions = pretrained.config.max_position_embeddings
             more = f"; --max-length may be up to {positions}" if max_length < positions else ""
-            warnings.warn(
+            warn(
                 f"{examples.file}: {cut:,} of {len(lengths):,} examples are longer than "
                 f"--max-length = {max_length} tokens; their end is cut{more}",
                 LengthWarning,
-                stacklevel=3,
             )
         if second:
             pairs = [fit_pair(a, b, max_length - 3) for a, b in zip(first, second, strict=True)]
@@ -629,4 +622,4 @@ def _save(
         problem = scores.draw_confusion(table, labels, Path(out) / "confusion.png")
         if problem is not None:
             message = f"{problem}; the model is saved all the same"
-            warnings.warn(message, PictureWarning, stacklevel=4)
+            warn(message, PictureWarning)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import re
-import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral
@@ -27,7 +26,7 @@ from fastbert.data.cuts import Cuts
 from fastbert.data.manifest import SpecialIds
 from fastbert.data.packing import PackedBatch, pack_texts
 from fastbert.data.tokenizer import encode_with_special, is_bert, token_text
-from fastbert.errors import Diverged, InputError
+from fastbert.errors import Diverged, InputError, warn
 from fastbert.models.bert import BertForPreTraining
 from fastbert.models.build import Model
 
@@ -364,8 +363,7 @@ def _check_text(text: object, what: str) -> None:
 
 def _warn_cut(cut: int, texts: int, length: int) -> None:
     of = f"{cut:,} of {texts:,} texts are" if texts > 1 else "the text is"
-    warnings.warn(
+    warn(
         f"{of} longer than the {length} tokens that the model takes; the rest is cut off",
         TextCutWarning,
-        stacklevel=4,
     )

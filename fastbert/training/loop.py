@@ -9,6 +9,7 @@ from contextlib import closing, contextmanager
 
 import torch
 
+from fastbert import storage
 from fastbert.checkpoints import checkpoint
 from fastbert.checkpoints.bucket import BucketLock, InBucket
 from fastbert.checkpoints.ownership import LostOwnership, RunLock
@@ -69,7 +70,7 @@ def pretrain(
         try:
             with (
                 form_group(timeout_s, stop_request) as group,
-                Watchdog(group, timeout_s) as watchdog,
+                Watchdog(group, timeout_s, storage.waits) as watchdog,
             ):
                 group.connect()
                 watchdog.tick("the set-up")
