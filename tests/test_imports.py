@@ -51,7 +51,7 @@ MAY_IMPORT = {
         "fastbert.storage",
     },
     "fastbert.recipe_checks": {"fastbert.config", "fastbert.errors"},
-    "fastbert.machine": {"fastbert.child", "fastbert_kernels"},
+    "fastbert.machine": {"fastbert.child", "fastbert.errors", "fastbert_kernels"},
     "fastbert.doctor": {"fastbert.machine"},
     # The processes of a run, independent of what they compute.
     "fastbert.cluster": {"fastbert.errors"},
@@ -145,6 +145,7 @@ MAY_IMPORT = {
         "fastbert.data",
         "fastbert.durable",
         "fastbert.errors",
+        "fastbert.machine",
         "fastbert.models",
         "fastbert.presence",
         "fastbert.progress",
