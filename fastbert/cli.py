@@ -725,10 +725,11 @@ def finetune(
     as_json: Json = False,
 ) -> None:
     """Train a classifier or a regression on texts or pairs of texts."""
+    from fastbert.machine import check_threads, share_cores, usable_cores
     from fastbert.tasks.labelled import read_examples
 
+    check_threads("finetune", usable_cores() + 8)  # pyarrow takes a lack for a damaged file
     training, test = (read_examples(file, text, pair, label) for file in (train, evaluation))
-    from fastbert.machine import share_cores
     from fastbert.tasks.finetune import Epoch, Settings, finetune
     from fastbert.tasks.load import load
 
