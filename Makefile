@@ -54,7 +54,7 @@ torture: .venv/.installed-test ## 200 kills, 1,000 flipped bits, lost nodes: run
 mutants: .venv/.installed-test ## plant 72 faults, one at a time, and report which of them `make test` notices
 	@$(BIN)/python -m tests.mutants
 
-check: .venv/.installed-test ## lint, format and types only
+check: .venv/.installed-lint ## lint, format and types only
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/pyright --pythonpath $(BIN)/python
@@ -105,11 +105,16 @@ clean: ## remove .venv and caches, but keep data/ and runs/
 	@$(PIP) --editable ./kernels --editable . # in one call, so that pip takes the kernels from here
 	@touch $@
 
+.venv/.installed-lint: .venv/.installed
+	$(call heading,Environment: ruff$(comma) pyright and what they read)
+	@$(PIP) --editable '.[lint]'
+	@touch $@
+
 .venv/.installed-test: .venv/.installed
 	$(call heading,Environment: what the tests need)
-	@$(PIP) --editable '.[test]'
+	@$(PIP) --editable '.[test]' # which contains what lint needs
 	@$(PIP) --upgrade --no-deps --target .venv/triton-oldest triton==3.6.0 # a test compiles every kernel with it, too
-	@touch $@
+	@touch .venv/.installed-lint $@
 
 .venv/.installed-docs: .venv/.installed
 	$(call heading,Environment: what builds the documentation)

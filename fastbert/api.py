@@ -70,7 +70,8 @@ def load(path: str | Path, device: str | None = None) -> Pretrained:
         device: "cpu" or "cuda"; by default a GPU where there is one.
 
     Raises:
-        InputError: something in the folder is missing or wrong; one line says what to do.
+        InputError: something in the folder is missing or wrong, or too few threads can be started;
+            one line says what to do.
     """
     with _in_python():
         _check_type("path", path, str | os.PathLike)

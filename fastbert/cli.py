@@ -723,8 +723,10 @@ def finetune(
     as_json: Json = False,
 ) -> None:
     """Train a classifier or a regression on texts or pairs of texts."""
+    from fastbert.machine import check_threads, share_cores, usable_cores
     from fastbert.tasks.labelled import read_examples
 
+    check_threads("finetune", usable_cores() + 8)  # pyarrow takes a lack for a damaged file
     training, test = (read_examples(file, text, pair, label) for file in (train, evaluation))
     from fastbert.tasks.finetune import Epoch, Settings, finetune
     from fastbert.tasks.load import load
@@ -801,16 +803,49 @@ def report(
 
 
 @app.command(epilog="Example: fastbert doctor")
-def doctor(as_json: Json = False) -> None:
+def doctor(
+    deepspeed: Annotated[
+        Path | None,
+        typer.Option(
+            help="Check this file of DeepSpeed's settings instead.  `fastbert plan` compares it "
+            "with a recipe.",
+            exists=True,
+            dir_okay=False,
+        ),
+    ] = None,
+    as_json: Json = False,
+) -> int:
     """Show what this machine can do, and how to install what is missing. Takes five seconds."""
+    if deepspeed is not None:
+        return _check_deepspeed(str(deepspeed), as_json)
     from fastbert.doctor import describe, diagnose
 
     found = diagnose()
     if as_json:
-        return print_json(dataclasses.asdict(found))
+        print_json(dataclasses.asdict(found))
+        return DONE
     print_table("this machine", ("", ""), describe(found))
     for line in found.advice or ["nothing is missing"]:
         print_text(f"- {line}")
+    return DONE
+
+
+def _check_deepspeed(path: str, as_json: bool) -> int:
+    """Print everything that is wrong with a file of DeepSpeed's settings."""
+    from fastbert.training.ds_config import find_problems
+    from fastbert.training.engine import objections
+
+    settings, problems = find_problems(path, "the recipe")
+    for key, objection in objections(settings).items():
+        if key or not problems:  # without a key, it may follow from one of our own problems
+            problems.setdefault(key, objection)
+    if as_json:
+        print_json({"file": path, "problems": list(problems.values())})
+    else:
+        print_text(f"{path}: {len(problems) or 'no'} problem{'s' * (len(problems) != 1)}")
+        for problem in problems.values():
+            print_text(f"- {problem}")
+    return command_line.BAD_INPUT if problems else DONE
 
 
 @app.command(epilog="Example: fastbert plan base --gpus 64 --gpu h100")

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastbert import child
+from fastbert.errors import InputError
 
 if TYPE_CHECKING:
     import torch
@@ -208,6 +209,21 @@ def _best(
         best = min(best, now - start)
         if now >= end:
             return best
+
+
+def check_threads(what: str, wanted: int) -> None:
+    """Check that as many further threads as `what` needs can be started.
+
+    Where one cannot, libraries abort, report a broken network, or wait for it forever.
+
+    Raises:
+        InputError: they cannot.
+    """
+    if (found := startable_threads(wanted)) < wanted:
+        raise InputError(
+            f"only {found} more threads can be started here, and {what} needs {wanted}; raise the "
+            "limit of this user (ulimit -u) or of this container (pids)"
+        )
 
 
 def startable_threads(wanted: int) -> int:

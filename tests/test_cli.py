@@ -149,6 +149,11 @@ BAD = {
     "doctor": (["doctor", "please"], ["please"]),
     "plan": (["plan", "recipe.toml", "--gpu", "h1000", "--stage", "1"], ["--gpu h1000", "a100"]),
 }
+NOT_UTF_8 = [
+    "latin.txt: line 1",
+    "is not UTF-8",
+    "iconv -f WINDOWS-1252 -t UTF-8 latin.txt > utf8-",
+]
 MORE = {
     "no such verb": (["pretrian"], ["pretrian", "fastbert --help"]),
     "no such option": (
@@ -156,7 +161,7 @@ MORE = {
         ["--tokens", "fastbert fill-mask --help"],
     ),
     "not a number": (["fill-mask", "hf", "[MASK]", "--k", "many"], ["--k", "integer"]),
-    "prepare: not UTF-8": (["prepare", "latin.txt", "--out", "new"], ["latin.txt", "UTF-8"]),
+    "prepare: not UTF-8": (["prepare", "latin.txt", "--out", "new"], NOT_UTF_8),
     "prepare: taken": (["prepare", "texts.txt", "--out", "hf"], ["hf"]),
     "init: no dataset": (
         ["init", "nowhere", "--minutes", "5", "--out", "new.toml"],
@@ -197,7 +202,7 @@ MORE = {
     ),
     "embed: not UTF-8": (
         ["embed", "hf", "latin.txt", "--out", "x.npy"],
-        ["latin.txt: line 1", "is not UTF-8"],
+        NOT_UTF_8,
     ),
     "embed: out": (["embed", "hf", "texts.txt", "--out", "x.txt"], ["--out x.txt", ".npy"]),
     "export: no permission": (

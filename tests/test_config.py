@@ -199,6 +199,7 @@ def test_a_key_of_bert_config_that_is_fixed(key):
         f"batch.sequences={'[' * 100_000}",
         f"optimizer.lr=1{'0' * 400}",
         f"model={'9' * 4000}",
+        f"seed={'1' * 5000}",
         "x" * 9999,
     ],
 )
@@ -206,6 +207,35 @@ def test_a_long_value_is_not_shown_whole(override):
     with pytest.raises(InputError) as raised:
         load_config("mini", ["data=x", override])
     assert "..." in str(raised.value) and len(str(raised.value)) < 300
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        (f"seed = {'1' * 5000}", "not valid TOML: Exceeds the limit (4300 digits)"),
+        (f"run = {'[' * 100_000}{']' * 100_000}", "not valid TOML: maximum recursion depth"),
+        (f"[optimizer]\nlr = 1{'0' * 400}", f"optimizer.lr = 1{'0' * 79}...; must be a number"),
+        ("[runtime]\ntimeout_s = 1e30", "runtime.timeout_s = 1e+30; must be 1 or more and 1"),
+        ("[order]\nwindow = 1e400", "order.window = inf; must be a whole number"),
+    ],
+)
+def test_a_number_that_no_type_holds_is_one_line(tmp_path, text, words):
+    recipe = tmp_path / "r.toml"
+    recipe.write_text(f'data = "x"\n{text}\n')
+    with pytest.raises(InputError) as raised:
+        load_config(recipe)
+    message = str(raised.value)
+    assert message.startswith(f"{recipe}: {words}") and "\n" not in message and len(message) < 500
+
+
+@pytest.mark.parametrize(
+    "key", ["seed", "data", "run", "runtime.timeout_s", "optimizer.betas", "order.window", "model"]
+)
+@pytest.mark.parametrize("zeros", [400, 5000])
+def test_such_a_number_of_python_is_one_line(key, zeros):
+    for value in (10**zeros, [0.9, 10**zeros]):
+        with pytest.raises(InputError, match=rf"^overrides: {key}( 1)? = .{{0,300}}; must be "):
+            load_config("mini", {"data": "x", key: value})
 
 
 def test_a_recipe_that_is_not_there(tmp_path):

@@ -9,6 +9,7 @@ import io
 import json
 import lzma
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,9 +22,11 @@ from hypothesis import strategies as st
 
 from fastbert.data import documents, unpack
 from fastbert.data.documents import parse, read_chunks, read_documents
-from fastbert.data.sources import find_sources
+from fastbert.data.sources import COMPRESSIONS, FORMATS, find_sources
 from fastbert.data.unpack import BadRecord
 from fastbert.errors import InputError
+from fastbert.tasks.embed import source_of
+from fastbert.tasks.labelled import read_examples
 from tests.tiers import typical
 
 DOCUMENTS = ["One.\nStill one.", "Zwei: größer.", "三。", 'Four "quoted" \\ back', "Five"]
@@ -125,6 +128,53 @@ def test_formats(
         PACK[packing](data if isinstance(data, bytes) else data.encode()),
     )
     assert [document.strip("\r\n") for document in read_documents([path], text_format)] == expected
+
+
+def test_the_table_of_formats_is_true(tmp_path: Path) -> None:
+    """Each row of docs/reference/formats.md against what the three commands read."""
+    page = Path(__file__).parents[1] / "docs/reference/formats.md"
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in page.read_text(encoding="utf-8").splitlines()
+        if line.startswith("| `")
+    ]
+    head = page.read_text(encoding="utf-8").partition("| format |")[2].partition("\n")[0]
+    assert [row[0] for row in rows] == [f"`{name}`" for name in FORMATS]
+    assert re.findall(r"`(\.\w+)`", head) == [name for name in PACK if name] == [*COMPRESSIONS]
+    records = pyarrow.table({"text": ["One.", "Two."], "label": ["a", "b"]})
+    with pyarrow.ipc.new_stream(str(tmp_path / "arrow"), records.schema) as stream:
+        stream.write_table(records)
+    pyarrow.parquet.write_table(records, tmp_path / "parquet")
+    lines = [json.dumps(record) for record in records.to_pylist()]
+    content = {
+        **dict.fromkeys(("txt", "lines", "file"), b"One.\n\nTwo.\n"),
+        "jsonl": "\n".join(lines).encode(),
+        "json": f"[{', '.join(lines)}]".encode(),
+        "csv": b"text,label\nOne.,a\nTwo.,b\n",
+        "tsv": b"text\tlabel\nOne.\ta\nTwo.\tb\n",
+        "arrow": (tmp_path / "arrow").read_bytes(),
+        "parquet": (tmp_path / "parquet").read_bytes(),
+    }
+    expected = {"lines": ["One.", "", "Two."], "file": ["One.\n\nTwo."]}
+    for name, (_, suffixes, _, embedded, tuned, packed) in zip(FORMATS, rows, strict=True):
+        for suffix in re.findall(r"\.\w+", suffixes) or [".txt"]:
+            asked = name if suffixes == "-" else None
+            for packing, pack in PACK.items():
+                path = write(tmp_path / f"{name}{suffix}{packing}", pack(content[name]))
+                if packing and packed == "no":
+                    with pytest.raises(InputError, match="unpack the file first"):
+                        list(read_documents([path], asked))
+                    continue
+                texts = [text.strip("\n") for text in read_documents([path], asked)]
+                assert texts == expected.get(name, ["One.", "Two."]), path
+                by_default = source_of(path).format
+                assert (by_default == name) != ("--format" in embedded), path
+                assert source_of(path, name).format == name
+                if tuned == "-":
+                    with pytest.raises(InputError, match="must end in"):
+                        read_examples(path)
+                else:
+                    assert len(read_examples(path)) == 2
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from fastbert.cli import run as run_inside
 from fastbert.config import (
     OptimizerConfig,
     RunConfig,
@@ -248,6 +249,59 @@ def test_other_sections_are_checked_by_deepspeed(tmp_path, content):
     with pytest.raises(InputError) as error:
         check_settings(read(tmp_path, content))
     assert str(error.value).startswith(f"{tmp_path / 'ds.json'}: ") and "\n" not in str(error.value)
+
+
+EVERY_KIND = {
+    "train_batch_size": 32,
+    "steps_per_print": 0,
+    "zero_optimization": {"stage": 4, "overlap_com": True, "reduce_bucket_size": -1},
+    "tensorboard": {"enable": True},
+    "comms_logger": {"enable": True},
+    "timers": {"throughput": {"enable": True}},
+}
+
+
+def test_doctor_lists_everything_that_is_wrong_with_a_file(tmp_path, monkeypatch, capsys):
+    """Each problem once and on a line of its own, whether fastbert or DeepSpeed has it."""
+    monkeypatch.chdir(tmp_path)
+    Path("ds.json").write_text(json.dumps(EVERY_KIND), encoding="utf-8")
+    assert run_inside(["doctor", "--deepspeed", "ds.json"]) == 2
+    first, *lines = capsys.readouterr().out.splitlines()
+    assert first == "ds.json: 8 problems"
+    for line, words in zip(
+        lines,
+        (
+            "train_batch_size = 32: set by batch.sequences in the recipe; remove it here, or",
+            "steps_per_print = 0; must be a whole number of 1 or more",
+            'zero_optimization.stage = 4; must be 0, 1, 2, 3 or "auto"',
+            "zero_optimization.reduce_bucket_size = -1: ",
+            "unknown key 'zero_optimization.overlap_com'; did you mean overlap_comm",
+            "unknown key 'comms_logger.enable'; did you mean enabled?",
+            "unknown key 'tensorboard.enable'; did you mean enabled?",
+            "unknown key 'timers.throughput.enable'; did you mean enabled?",
+        ),
+        strict=True,
+    ):
+        assert line.startswith(f"- {words}"), line
+    assert run_inside(["doctor", "--deepspeed", "ds.json", "--json"]) == 2
+    found = json.loads(capsys.readouterr().out)
+    assert found == {"file": "ds.json", "problems": [line[2:] for line in lines]}
+    Path("ds.json").write_text(json.dumps(ACCEPTED), encoding="utf-8")
+    assert run_inside(["doctor", "--deepspeed", "ds.json"]) == 0
+    assert capsys.readouterr().out == "ds.json: no problems\n"
+    for wrong in ("{", "[]"):
+        Path("ds.json").write_text(wrong, encoding="utf-8")
+        assert run_inside(["doctor", "--deepspeed", "ds.json"]) == 2
+        out, err = capsys.readouterr()
+        assert out == "" and err.startswith("fastbert: ds.json: ") and err.count("\n") == 1
+
+
+def test_a_start_names_all_that_deepspeed_has_against_a_file(tmp_path):
+    content = {key: value for key, value in EVERY_KIND.items() if key in OWN}
+    content["zero_optimization"] = {"overlap_com": True}
+    del content["steps_per_print"]
+    with pytest.raises(InputError, match=r"\(4\) unknown key 'timers.throughput.enable'"):
+        check_settings(read(tmp_path, content))
 
 
 @pytest.mark.parametrize(

@@ -52,7 +52,7 @@ MAY_IMPORT = {
         "fastbert.storage",
     },
     "fastbert.recipe_checks": {"fastbert.config", "fastbert.errors"},
-    "fastbert.machine": {"fastbert.child", "fastbert_kernels"},
+    "fastbert.machine": {"fastbert.child", "fastbert.errors", "fastbert_kernels"},
     "fastbert.doctor": {"fastbert.contention", "fastbert.machine"},
     # The processes of a run, independent of what they compute.
     "fastbert.cluster": {"fastbert.errors"},

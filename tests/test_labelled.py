@@ -6,6 +6,8 @@ import csv
 import gzip
 import io
 import json
+import shutil
+import subprocess
 from datetime import date
 from decimal import Decimal
 from pathlib import Path
@@ -196,7 +198,11 @@ def test_bad_rows_of_parquet(tmp_path):
         ("x.jsonl", b'{"text": "a", "label": 0, "label": 1}', "the field 'label' is given twice"),
         ("x.csv", b'text,label\n"a,x\n', "line 2: not valid csv"),
         ("x.csv", b'text,label\n"a"b,x\n', "line 2: not valid csv"),
-        ("x.csv", b"text,label\ncaf\xe9,x\n", "not UTF-8"),
+        (
+            "x.csv",
+            b"text,label\ncaf\xe9,x\n",
+            "line 2, byte 14: 0xe9 is not UTF-8; .*: iconv -f WINDOWS-1252 -t UTF-8 .*/x.csv > ",
+        ),
         ("x.csv", b"text,label\n" + b",x\n" * 9, "9 bad rows: .* and 4 more; fix"),
         ("x.tsv", b"text\tlabel\na\tx\nb\n", "line 3: 1 fields, and the header has 2;"),
         (
@@ -219,6 +225,18 @@ def test_a_wrong_file_is_one_line_that_names_its_bad_rows(tmp_path, name, data, 
     with pytest.raises(InputError, match=words) as caught:
         read_examples(write(tmp_path / name, data))
     assert "\n" not in str(caught.value) and str(caught.value).startswith(str(tmp_path / name))
+
+
+@pytest.mark.skipif(shutil.which("iconv") is None, reason="no iconv on this machine")
+@pytest.mark.parametrize("encoding", ["windows-1252", "utf-16", "utf-16-le", "utf-16-be"])
+@pytest.mark.parametrize("name", ["a b.csv", "a b.jsonl"])
+def test_the_command_that_is_advised_converts_the_file(tmp_path, name, encoding):
+    text = "text,label\ncafé,x\n" if name == "a b.csv" else '{"text": "café", "label": "x"}\n'
+    file = write(tmp_path / name, text.encode(encoding))
+    with pytest.raises(InputError, match="convert it: iconv ") as caught:
+        read_examples(file)
+    subprocess.run(str(caught.value).partition("convert it: ")[2], shell=True, check=True)
+    assert read_examples(tmp_path / f"utf8-{name}").first == ["café"]
 
 
 def test_a_name_that_columns_share(tmp_path):

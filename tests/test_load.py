@@ -245,6 +245,15 @@ def test_the_side_that_a_tokenizer_cuts(hf, side):
     assert len(wanted[0]) == model.max_length > len(wanted[1])
 
 
+def test_a_word_of_more_than_100_characters_is_unknown_unless_it_has_spaces(original):
+    """As docs/how-to/tokenizers.md says, and as in transformers."""
+    long = "ab" * 51
+    model, tokenizer = fastbert.load(original), AutoTokenizer.from_pretrained(original)
+    whole, spaced = model.hidden_states([long, f"{long[:100]} {long[100:]}"])
+    assert len(whole[0]) == 3 < len(spaced[0])
+    assert tokenizer.tokenize(long) == ["[UNK]"]
+
+
 def edit(file: str, **changes):
     """Change these keys of a JSON file, or remove them where the value is None."""
 

@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 import os
+import re
 import signal
 from dataclasses import fields
 from pathlib import Path
@@ -111,9 +112,25 @@ def test_lines_without_a_terminal(tmp_path, capsys, monkeypatch):
     with monitor(tmp_path) as to:
         take_step(to, 50)
     line = capsys.readouterr().out.strip()
-    assert line.startswith("25%, step 50, loss 7.601, ") and line.endswith(" wait, 0:15 left")
+    assert line.startswith("25%, step 50, loss 7.601, 0:15 left, ") and line.endswith("% wait")
     assert " tok/s, " in line and "% of peak, " in line and "\n" not in line
     assert line in (tmp_path / "log.txt").read_text()
+
+
+def test_the_line_has_the_last_held_out_loss_and_every_part_is_explained(
+    tmp_path, capsys, monkeypatch
+):
+    """Also in a process that has resumed the run, and has not evaluated yet."""
+    monkeypatch.setattr(module, "LINE_EVERY_S", 0.0)
+    state = TrainState(step=50, seconds=5.0, heldout_loss=5.5)
+    with monitor(tmp_path, step=49) as to:
+        to.step(state, result(7.1), lr=1e-3, seconds=0.1, waited=0.01, flops=5e7)
+    parts = capsys.readouterr().out.strip().split(", ")
+    assert parts[:5] == ["25%", "step 50", "loss 7.100", "held-out 5.500", "0:15 left"]
+    page = (Path(__file__).parents[1] / "docs/reference/run-folder.md").read_text("utf-8")
+    names = [re.sub(r"[\d.,:%]+", "", part).strip() for part in parts[2:]]
+    table = page.partition("## The progress line")[2].partition("## ")[0]
+    assert names == re.findall(r"^\| `(.+)` \|", table, re.M)
 
 
 def test_no_share_where_the_peak_was_measured_too_low(tmp_path, capsys, monkeypatch):

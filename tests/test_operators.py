@@ -167,6 +167,23 @@ def test_a_batch_of_another_length_is_not_compiled_again(name):
         run(with_function(SPECS[name], compiled), inputs(name, shape=longer), "triton")
 
 
+@pytest.mark.slow
+def test_compiled_attention_on_a_cpu_breaks_the_graph_and_gives_the_same_bits():
+    """As kernels/README.md says; the definition is compiled whole."""
+    spec, arguments = (
+        SPECS["attention"],
+        place(SPECS["attention"].inputs(usual("attention"), torch.float32, 0.1), "cpu"),
+    )
+    for impl, whole in (("cpu", False), ("reference", True)):
+        torch._dynamo.reset()
+        compiled = torch.compile(spec.function, fullgraph=whole, backend="aot_eager")
+        assert_same(run(spec, arguments, impl), run(with_function(spec, compiled), arguments, impl))
+    torch._dynamo.reset()
+    compiled = torch.compile(spec.function, fullgraph=True, backend="aot_eager")
+    with pytest.raises(Exception, match="data-dependent"):
+        run(with_function(spec, compiled), arguments, "cpu")
+
+
 # Autocast
 
 X, ROW = torch.ones(4, 8), torch.ones(8)

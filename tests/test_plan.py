@@ -478,6 +478,60 @@ def test_the_end_of_the_run_is_the_first_condition_reached():
     assert (steps("seconds = 100", "seconds") or 0) > 1
 
 
+@pytest.mark.parametrize(
+    ("preset", "gpu", "tokens", "fits"), [("base", "h100", 8192, 1), ("large", "l4", 32768, 4)]
+)
+def test_the_gpus_that_pay_cost_at_most_twice_the_least_for_a_token(preset, gpu, tokens, fits):
+    """By a plan for each number. The large model does not fit on two of the smaller GPUs."""
+    text = f"[batch]\nsequences = 512\nmicro_batch_tokens = {tokens}\nmax_length = 512\n"
+    config = recipe(text, preset)
+    plans = {
+        n: plan(config, "test.toml", n, gpu, stage=1, mean_length=400)
+        for n in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+    }
+    cost = {n: n * p.step_s for n, p in plans.items() if p.memory_total <= p.memory_of_gpu}
+    assert min(cost) == fits
+    assert plans[8].relative_cost == pytest.approx(
+        {n: found / min(cost.values()) for n, found in cost.items()}
+    )
+    most = max(n for n, found in cost.items() if found <= 2 * min(cost.values()))
+    assert 8 < most < 512
+    assert re.fullmatch(
+        rf"up to {most}, where a token costs 1\.\d times as much as on \d; "
+        rf"on {2 * most} a token costs [2-9]\.\d times as much",
+        dict(describe(plans[8]))["GPUs that pay"],
+    )
+
+
+def test_a_batch_that_all_gpus_share_well_and_one_that_none_can_share():
+    config = recipe(
+        "[batch]\nsequences = 8\nmicro_batch_tokens = 4096\nmax_length = 512\n", "large"
+    )
+    shown = dict(describe(plan(config, "test.toml", 1, "l4", stage=3, mean_length=512)))
+    assert shown["GPUs that pay"].endswith("; more would need more batch.sequences")
+    config = recipe("[batch]\nsequences = 8\nmicro_batch_tokens = 409600\nmax_length = 512\n")
+    tiny = replace(GPUS["l4"], memory=1e9)
+    none = plan(config, "test.toml", 1, "l4", stage=0, mean_length=512, device=tiny)
+    assert none.relative_cost == {} and "GPUs that pay" not in dict(describe(none))
+
+
+def test_the_tokens_of_the_run_beside_those_of_the_dataset(small_dataset):
+    """Ten times the examples of an epoch are ten epochs."""
+    text = "[stop]\nepochs = 10\n[batch]\nsequences = 8\nmax_length = 64\n"
+    config = replace(recipe(text), data=str(small_dataset.path))
+    p = plan(config, "test.toml", 1, "h100", stage=0)
+    assert p.epochs is not None and 10 <= p.epochs < 10.1 and p.steps is not None
+    assert p.dataset_tokens == small_dataset.counts("train").tokens
+    seen, there = (
+        f"{n / 1e6:,.1f} M" if n >= 1e6 else f"{n:,.0f}"
+        for n in (p.steps * p.tokens_per_step, p.dataset_tokens)
+    )
+    shown = f"{seen} tokens in the run, {there} in the dataset: 10 epochs"
+    assert dict(describe(p))["text"] == shown
+    away = plan(recipe("[stop]\nsteps = 1000\n"), "x", 1, "h100", stage=0, mean_length=100)
+    assert away.epochs is None and dict(describe(away))["text"] == "25.6 M tokens in the run"
+
+
 @pytest.mark.parametrize(("epochs", "refused"), [(9, True), (0.5, False)])
 def test_a_plan_says_that_a_source_would_be_used_too_often(two_sources, epochs, refused):
     """What training refuses, in its words."""

@@ -403,6 +403,7 @@ def test_a_folder_without_the_right_to_write(english_jsonl: Path, tmp_path: Path
 
 # Text of 2.6 MB makes some twelve pieces here.
 RUN = (
+    "import signal; signal.signal(signal.SIGHUP, signal.SIG_DFL); "  # as it is without nohup
     "import sys; from fastbert.data import corpus_plan; corpus_plan.PIECE_BYTES = 1 << 18; "
     "from fastbert.data import segments; segments.SEGMENT_BYTES = 1 << 16; "
     "from fastbert.data.prepare import prepare; "
@@ -440,29 +441,32 @@ def pieces_in(work: Path) -> dict[str, int]:
     return {path.name: path.stat().st_mtime_ns for path in work.glob("piece-*.npz")}
 
 
-@pytest.mark.parametrize("end", [slow("interrupt"), slow("terminate"), "worker killed"])
+@pytest.mark.parametrize(
+    "end", [slow("interrupt"), slow("SIGTERM"), slow("SIGHUP"), slow("SIGQUIT"), "worker killed"]
+)
 def test_ended_from_outside(several_chunks: Path, tmp_path: Path, end: str) -> None:
-    """After Ctrl-C, SIGTERM or a killed worker the next run uses what is finished."""
+    """After Ctrl-C, a signal or a killed worker the next run uses what is finished."""
     work = tmp_path / "dataset.work"
     process, workers = started(
         several_chunks, tmp_path / "dataset", lambda: len(pieces_in(work)) >= 2
     )
     if end == "interrupt":
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does
-    elif end == "terminate":
-        process.terminate()
-    else:
+    elif end == "worker killed":
         workers[0].kill()
+    else:
+        process.send_signal(signal.Signals[end])
     errors = process.communicate(timeout=120)[1]
     assert process.returncode != 0
+    if end.startswith("SIG"):
+        assert process.returncode == 128 + signal.Signals[end]
     assert [path.name for path in tmp_path.iterdir()] == ["dataset.work"]
     assert not psutil.wait_procs(workers, timeout=60)[1]
     expected = {
         "interrupt": "KeyboardInterrupt",
-        "terminate": "",
         "worker killed": "InputError: a worker ended before its work was done",
     }
-    assert expected[end] in errors and ("Traceback" in errors) == (end != "terminate")
+    assert expected.get(end, "") in errors and ("Traceback" in errors) == (end in expected)
     assert f"{work}: holds what is finished; run the same command again" in errors
     before = pieces_in(work)
     assert before

@@ -6,9 +6,12 @@ import os
 import re
 import subprocess
 import sys
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from tests.tiers import slow
 
@@ -90,6 +93,26 @@ PYTHON_FILES = [path for path in FILES if path.suffix == ".py"]
 def test_checker_finds_nothing(command):
     result = run(sys.executable, "-m", *command.split())
     assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_make_check_needs_no_rivals():
+    """It installs the extra `lint`, so what else `test` installs is marked where it is imported."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    extra = project["project"]["optional-dependencies"]["test"]
+    names = {canonicalize_name(Requirement(one).name) for one in extra} - {"fastbert-pretrain"}
+    there = packages_distributions().items()
+    modules = [module for module, by in there if names & set(map(canonicalize_name, by))]
+    assert {"datasets", "liger_kernel", "sklearn", "trackio"} <= set(modules)
+    imported = re.compile(rf"\s*(from|import) ({'|'.join(modules)})\b")
+    read = tuple(f"{folder}/" for folder in project["tool"]["pyright"]["include"])
+    unmarked = [
+        f"{path.relative_to(ROOT)}: {line.strip()}"
+        for path in PYTHON_FILES
+        if str(path.relative_to(ROOT)).startswith(read)
+        for line in path.read_text(encoding="utf-8").splitlines()
+        if imported.match(line) and "pyright: ignore[reportMissingImports]" not in line
+    ]
+    assert not unmarked, "\n".join(unmarked)
 
 
 def test_no_machine_path_or_package_host():

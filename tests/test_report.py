@@ -6,6 +6,7 @@ import io
 import itertools
 import json
 from collections.abc import Sequence
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -355,7 +356,7 @@ def test_files_and_what_ends_a_document(small_dataset: TokenDataset, tmp_path: P
 
 
 def test_what_is_quoted_is_no_markup() -> None:
-    """Neither of rich, which would raise at "[/b]", nor of Markdown, nor of the terminal."""
+    """Neither of rich, which would raise at "[/b]", nor of Markdown, HTML and the terminal."""
     losses = Losses(words=10, marked_words=1, examples=("a\u0301 → a",))
     report = report_of(
         chunk([[20] * 50], bad=[bad(0, "'[/b] x|y [red]'")], losses=losses, bad_records=1)
@@ -365,3 +366,32 @@ def test_what_is_quoted_is_no_markup() -> None:
     assert "a: '[/b] x|y [red]'" in out.getvalue() and "[UNK]" in out.getvalue()
     line = next(line for line in report.markdown().splitlines() if "bad records" in line)
     assert line == r"| bad records, left out | 1 | a: '[/b] x\|y [red]' |"
+
+
+class _Cells(HTMLParser):
+    """The text of each cell of a page's tables."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.cells: list[str] = []
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: object) -> None:
+        assert tag in ("table", "tr", "th", "td")
+        if tag in ("th", "td"):
+            self.cells.append("")
+
+    def handle_data(self, data: str) -> None:
+        self.cells[-1] += data
+
+
+def test_a_notebook_shows_a_line_or_a_table() -> None:
+    report = report_of(chunk([[10, 20], [100]], bad=[bad(0, "<b>'x' & \"y\"</b>")], bad_records=1))
+    assert repr(report) == (
+        "<report on a dataset: 2 documents, 3 sentences, 130 tokens, vocabulary of 1,000; "
+        f"advice on {sum(bool(row.advice) for row in report.rows)} of its rows>"
+    )
+    shown = _Cells(report._repr_html_()).cells
+    cells = [cell for row in report.rows for cell in (row.name, row.value, row.advice)]
+    assert shown == ["data", "", "what to do", *cells]
+    assert any("<b>'x'" in cell for cell in shown)

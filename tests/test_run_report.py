@@ -265,8 +265,12 @@ addEventListener("load", () => {
   const small = [...document.querySelectorAll("svg text")].map(tall);
   const curves = [...document.querySelectorAll(".curves svg")];
   const svg = curves.map(e => e.getBoundingClientRect().width);
+  const tops = [...document.querySelectorAll(".cards div")].map(e => e.offsetTop);
+  const log = document.querySelector("pre.log");
   document.body.innerHTML = "<pre id=found>" + JSON.stringify({
     inner: innerWidth, page: document.documentElement.scrollWidth,
+    tiles: tops.length, last: tops.filter(top => top == Math.max(...tops)).length,
+    cut: log.scrollWidth > log.clientWidth,
     wide: wide.map(e => e.tagName), text: Math.min(...small), svg: Math.min(...svg)}) + "</pre>";
 });
 </script>"""
@@ -316,3 +320,4 @@ def test_a_browser_shows_it_without_scrolling_sideways(run, tmp_path, width):
     found = json.loads(match[1])  # type: ignore[index]
     assert found["inner"] == width and found["page"] <= width and found["wide"] == []
     assert found["svg"] >= min(300, width - 40) and found["text"] >= 7
+    assert found["tiles"] == 8 and found["last"] > 1 and not found["cut"]

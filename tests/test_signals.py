@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
+import json
 import os
 import random
 import signal
@@ -239,19 +241,54 @@ with StopRequest() as request:
 """
 
 
-@pytest.mark.parametrize("torchrun", [True, False])
-def test_the_end_of_torchrun_is_a_stop_request(torchrun):
+@pytest.mark.parametrize(
+    "variable, name",
+    [
+        ("TORCHELASTIC_RUN_ID", "torchrun"),
+        ("CROSS_SIZE", "deepspeed"),
+        ("SLURM_STEP_NUM_TASKS", "srun"),
+        (None, None),
+    ],
+)
+def test_the_end_of_a_launcher_is_a_stop_request(variable, name):
     """The end of a shell is none: a run that was started with nohup and & continues."""
-    worker = WORKER if torchrun else WORKER.replace("else 20", "else 3")
+    worker = WORKER if name else WORKER.replace("else 20", "else 3")
     launcher = subprocess.Popen(
         [sys.executable, "-c", LAUNCHER, worker],
         stdout=subprocess.PIPE,
         text=True,
-        env=environment(**({"TORCHELASTIC_RUN_ID": "a"} if torchrun else {})),
+        env=environment(**({variable: "2"} if variable else {"WORLD_SIZE": "2"})),
     )
     assert launcher.stdout is not None
     lines = {launcher.stdout.readline().strip(), launcher.stdout.readline().strip()}
     assert "ready" in lines
     launcher.kill()
-    assert launcher.stdout.read().strip() == ("the end of torchrun" if torchrun else "None")
+    assert launcher.stdout.read().strip() == (f"the end of {name}" if name else "None")
     launcher.wait()
+
+
+def test_the_ranks_of_deepspeed_do_not_outlive_its_launcher(tmp_path):
+    """The process that starts ranks on each machine, not the command `deepspeed`, is killed."""
+    (tmp_path / "worker.py").write_text(WORKER.replace("else 20", "else 300"), encoding="utf-8")
+    nodes = base64.urlsafe_b64encode(json.dumps({"localhost": [0, 1]}).encode()).decode()
+    launch = [sys.executable, "-m", "deepspeed.launcher.launch", f"--world_info={nodes}"]
+    where = ["--node_rank=0", "--master_addr=127.0.0.1", f"--master_port={free_port()}"]
+    said = tmp_path / "said"
+    with open(said, "w") as out:
+        launcher = subprocess.Popen(
+            [*launch, *where, "--no_local_rank", str(tmp_path / "worker.py")],
+            stdout=out,
+            stderr=subprocess.DEVNULL,
+            env=environment(),
+        )
+    try:
+        wait_for(lambda: said.read_text().count("ready") == 2 or launcher.poll() is not None)
+        ranks = psutil.Process(launcher.pid).children()
+    finally:
+        launcher.kill()
+        launcher.wait()
+    _, alive = psutil.wait_procs(ranks, timeout=SOON_S)
+    for rank in alive:
+        rank.kill()
+    assert len(ranks) == 2 and not alive
+    assert said.read_text().count("the end of deepspeed") == 2

@@ -116,7 +116,7 @@ def repeat(text: Path, target: Path, times: int, documents: int | None) -> Path:
 
 def check_same_ids(dataset: TokenDataset, rival: Path) -> int:
     """Check that both sides have the same documents, in any order; return their number."""
-    import datasets
+    import datasets  # pyright: ignore[reportMissingImports]
 
     splits = [_documents(dataset, name) for name in ("train", "heldout")]
     ours = Counter(_digest(ids) for split in splits for ids in split)
@@ -344,7 +344,7 @@ def _collated(
 
     The windows are cut before the clock starts.
     """
-    import datasets
+    import datasets  # pyright: ignore[reportMissingImports]
     from transformers import AutoTokenizer, DataCollatorForLanguageModeling
 
     cls, sep, room = dataset.special.cls, dataset.special.sep, length - 2

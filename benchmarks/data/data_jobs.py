@@ -61,7 +61,7 @@ def by_datasets(text: str, tokenizer: str, out: str, processes: int) -> dict[str
     A row is a document; its `input_ids` are a list of ids for each sentence.
     """
     began = time.perf_counter()
-    import datasets
+    import datasets  # pyright: ignore[reportMissingImports]
     from tokenizers import Tokenizer
 
     from fastbert.data.sentences import split_sentences

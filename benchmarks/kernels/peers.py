@@ -48,8 +48,8 @@ def peers(
 
 def _liger(case: Case, arguments: dict[str, Any]) -> Rival | str:
     try:
-        from liger_kernel.ops.layer_norm import LigerLayerNormFunction
-        from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+        from liger_kernel.ops.layer_norm import LigerLayerNormFunction  # pyright: ignore[reportMissingImports]
+        from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy  # pyright: ignore[reportMissingImports]
     except ImportError:
         return "not installed"
     if case.operation == "norm":
@@ -74,7 +74,7 @@ def _liger_loss(
 
 def _cut_cross_entropy(case: Case, arguments: dict[str, Any]) -> Rival | str:
     try:
-        from cut_cross_entropy import linear_cross_entropy
+        from cut_cross_entropy import linear_cross_entropy  # pyright: ignore[reportMissingImports]
     except ImportError:
         return "not installed"
     if arguments["hidden"].dtype == torch.float32:
@@ -92,7 +92,7 @@ def _cut_cross_entropy(case: Case, arguments: dict[str, Any]) -> Rival | str:
 
 def _flash_attention(case: Case, arguments: dict[str, Any]) -> Rival | str:
     try:
-        from flash_attn import flash_attn_varlen_func  # type: ignore[import-not-found]
+        from flash_attn import flash_attn_varlen_func  # pyright: ignore[reportMissingImports]
     except ImportError:
         return "not installed"
     bounds, longest = arguments["cu_seqlens"], max(case.shape["lengths"])

@@ -179,9 +179,9 @@ def fine_tuned(job: Job, model: Path) -> Row:
 
 
 def bag_of_words(job: Job) -> Row:
-    from sklearn.feature_extraction.text import TfidfVectorizer
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.pipeline import make_pipeline
+    from sklearn.feature_extraction.text import TfidfVectorizer  # pyright: ignore[reportMissingImports]
+    from sklearn.linear_model import LogisticRegression  # pyright: ignore[reportMissingImports]
+    from sklearn.pipeline import make_pipeline  # pyright: ignore[reportMissingImports]
 
     training, test = read(job)
     count = round(HELD_OUT * len(training))

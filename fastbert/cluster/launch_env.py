@@ -17,6 +17,9 @@ OTHER_STARTERS = {
     "OMPI_COMM_WORLD_SIZE": "mpirun",
     "PMI_SIZE": "mpiexec",
 }
+# A variable that a launcher sets, where the launcher is the parent of its ranks. `deepspeed` starts
+# `python -m deepspeed.launcher.launch` on each machine, which sets it.
+_PARENTS = {"TORCHELASTIC_RUN_ID": "torchrun", "CROSS_SIZE": "deepspeed", **OTHER_STARTERS}
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,11 @@ def launched() -> bool:
         InputError: WORLD_SIZE is not a whole number of 1 or more.
     """
     return bool(os.environ.get("WORLD_SIZE")) and _whole("WORLD_SIZE", 1) > 1
+
+
+def launcher() -> str | None:
+    """The launcher that is the parent of this process; None where there is none."""
+    return next((name for key, name in _PARENTS.items() if key in os.environ), None)
 
 
 def read_launch_env() -> LaunchEnv:

@@ -11,6 +11,8 @@ import threading
 from types import FrameType
 from typing import Any
 
+from fastbert.cluster.launch_env import launcher
+
 # SIGHUP means that the terminal was closed.
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 LOOK_S = 1.0  # between two looks whether the launcher is there
@@ -22,8 +24,8 @@ class StopRequest:
     A second Ctrl-C ends the process at once. Under a launcher it does not, since there one Ctrl-C
     arrives twice: from the terminal and from the launcher.
 
-    A torchrun that is killed cannot stop its ranks. They would train on, keep the GPUs, and nobody
-    would restart one that is lost. So its end is a stop request too.
+    A launcher that is killed cannot stop its ranks. They would train on, keep the GPUs, and nobody
+    would restart one that is lost. So its end is a stop request too. That of a shell is none.
 
     Attributes:
         asked: the name of the signal that arrived; None before.
@@ -34,12 +36,12 @@ class StopRequest:
         self._before: dict[int, Any] = {}
         self._depth = 0  # it may be entered again by what its owner calls
         self._launched = "WORLD_SIZE" in os.environ
-        self._parent = os.getppid()
+        self._parent, self._launcher = os.getppid(), launcher()
         self._over = threading.Event()
 
     def __enter__(self) -> StopRequest:
         self._depth += 1
-        if self._depth == 1 and "TORCHELASTIC_RUN_ID" in os.environ:
+        if self._depth == 1 and self._launcher is not None:
             self._over.clear()
             threading.Thread(target=self._watch_parent, daemon=True, name="launcher").start()
         # Python sets signal handlers in the main thread only.
@@ -71,5 +73,5 @@ class StopRequest:
         """Thread: the system gives an orphan another parent."""
         while not self._over.wait(LOOK_S):
             if os.getppid() != self._parent:
-                self.asked = self.asked or "the end of torchrun"
+                self.asked = self.asked or f"the end of {self._launcher}"
                 return

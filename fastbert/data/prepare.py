@@ -48,7 +48,7 @@ from fastbert.data.vocabulary_task import train_vocabulary
 from fastbert.data.workers import map_in_order
 from fastbert.durable import exit_at_signals, parents_of, sha256_of, unsealed
 from fastbert.errors import InputError
-from fastbert.machine import usable_cores
+from fastbert.machine import check_threads, usable_cores
 from fastbert.presence import is_folder, status
 from fastbert.progress import Progress
 from fastbert.terminal import tell
@@ -354,6 +354,9 @@ def _started(sources: Sequence[str | Path], out: Path, options: Options) -> Iter
     It is the report where the call was killed after its dataset had got its name.
     """
     job = job_of(sources, out, options)
+    # A thread of each core for the tokenizer, a process and a thread for each worker, and a few.
+    workers = min(options.workers or usable_cores(), MOST_PER_CORE * usable_cores())
+    check_threads("prepare", usable_cores() + 2 * workers + 4)
     run = _Run(job, sources, options, _recorded(options))
     made_before = published(out, job.work, run.request)
     if made_before is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -203,12 +204,30 @@ class Row:
     advice: str = ""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Report:
-    """The findings of `prepare`: `figures` for programs, `rows` for people."""
+    """The findings of `prepare`: `figures` for programs, `rows` for people.
+
+    A notebook shows the rows as a table.
+    """
 
     figures: dict[str, Any]
-    rows: list[Row] = field(repr=False)
+    rows: list[Row]
+
+    def __repr__(self) -> str:
+        names = ("documents", "sentences", "tokens")
+        counts = [f"{self.figures[name]:,} {name}" for name in names]
+        advice = sum(bool(row.advice) for row in self.rows)
+        counts.append(f"vocabulary of {self.figures['vocab_size']:,}")
+        return f"<report on a dataset: {', '.join(counts)}; advice on {advice} of its rows>"
+
+    def _repr_html_(self) -> str:
+        rows = [(row.name, row.value, row.advice) for row in self.rows]
+        lines = [
+            "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells)
+            for tag, cells in (("th", ("data", "", "what to do")), *(("td", row) for row in rows))
+        ]
+        return f"<table>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"
 
     def json(self) -> str:
         advice = {row.name: row.advice for row in self.rows if row.advice}

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import difflib
 import math
+import operator
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -77,11 +78,13 @@ _FACTS = tomllib.loads((Path(__file__).parent / "gpus.toml").read_text(encoding=
 GPUS = {name: Device(**facts) for name, facts in _FACTS["gpus"].items()}
 CPU = "cpu"  # the name of this machine's CPU, see `this_machine`
 GPUS_PER_NODE = 8
-LARGEST_BATCH = 1 << 17  # sequences; such a plan takes about a second longer
+LARGEST_BATCH = 1 << 17  # sequences; such a plan takes some seconds longer
 
 # The share of the peak that matrix products reach. It is chosen so that the estimate of one
 # published run is right (docs/plan.md, first row).
 EFFICIENCY = 0.5
+# How much more than the least a token may cost on more GPUs, which finish earlier.
+PAYS = 2.0
 # The share of the memory bandwidth that all other kernels reach; usual for single-pass kernels.
 BANDWIDTH_SHARE = 0.75
 # Time the host takes to launch a layer's operations forward and backward: about 50 operations of
@@ -108,6 +111,10 @@ class Plan:
 
     The names give the units: bytes, seconds, FLOPs, tokens and US dollars. Memory, communication
     and times are those of one GPU. None means not known.
+
+    `dataset_tokens` are those of the part to train on, and `epochs` how often a run uses them.
+    `relative_cost` is what a token costs on 1, 2, 4, ... GPUs, where the run fits, over what it
+    costs on the cheapest of these numbers.
 
     `flops_per_token` counts useful work, with all layers whole. The step time counts what is
     actually computed, with the last layer only for the rows that a loss reads. A step takes the
@@ -139,6 +146,9 @@ class Plan:
     tokens_per_s: float
     mfu: float
     steps: int | None
+    dataset_tokens: int | None
+    epochs: float | None
+    relative_cost: dict[int, float]
     total_s: float | None
     price_per_gpu_hour: float | None
     cost: float | None
@@ -278,6 +288,33 @@ def _is_there(path: str) -> bool:
         return storage.size(at / MANIFEST) is not None
 
 
+class _Step(NamedTuple):
+    """A step on some number of GPUs, in bytes and seconds; `hidden` is communication meanwhile."""
+
+    packs: list[MicroBatchSize]
+    memory: dict[str, float]
+    recomputed: float | None
+    products_s: float
+    traffic_s: float
+    launch_s: float
+    sent: float
+    least: float
+    link: float
+    hidden: bool
+
+    @property
+    def communication_s(self) -> float:
+        return self.sent / self.link
+
+    @property
+    def busy_s(self) -> float:
+        return max(self.products_s + self.traffic_s, self.launch_s)
+
+    @property
+    def seconds(self) -> float:
+        return (max if self.hidden else operator.add)(self.busy_s, self.communication_s)
+
+
 def plan(
     config: RunConfig,
     recipe: str,
@@ -348,46 +385,48 @@ def plan(
         )
 
     P, muon = count_parameters(config.model, vocab_size), config.optimizer.name == "muon"
-    packs = _packs(config, lengths, gpus)
-    needed = partial(
-        memory_by_part,
-        vocab_size=vocab_size,
-        pack=packs[0],
-        micro_batches=len(packs),
-        gpus=gpus,
-        stage=stage,
-        bf16=weights == "bf16",
-        kernels=kernels,
-        zero=zero,
-        processes=processes_for(config.batch.sequences, usable_cores()) if on_cpu else 1,
-    )
-    memory = needed(config)
-    recomputed = None
-    if not (config.runtime.recompute or config.runtime.cuda_graphs):
-        runtime = replace(config.runtime, recompute=True)
-        recomputed = sum(needed(replace(config, runtime=runtime)).values())
     tokens = float(lengths.sum())
     peak = device.bf16 if bf16 else device.fp32
-    products_s, traffic_s, launch_s = compute_seconds(
-        config.model,
-        vocab_size,
-        packs,
-        device,
-        gpus=gpus,
-        stage=stage,
-        bf16=bf16,
-        on_cpu=on_cpu,
-        efficiency=efficiency,
-        muon=muon,
-        recompute=config.runtime.recompute,
-    )
-    updates = count_hidden(config.model) if muon else 0
-    sent, least = communication_per_step(P, gpus, stage, len(packs), w, zero, updates)
-    link = device.link if gpus <= GPUS_PER_NODE else min(device.link, device.network)
-    communication_s = sent / link
-    busy_s = max(products_s + traffic_s, launch_s)
     hidden = bool(zero.get("overlap_comm", stage == 3))
-    step_s = max(busy_s, communication_s) if hidden else busy_s + communication_s
+
+    def step_on(gpus: int) -> _Step:
+        packs = _packs(config, lengths, gpus)
+        needed = partial(
+            memory_by_part,
+            vocab_size=vocab_size,
+            pack=packs[0],
+            micro_batches=len(packs),
+            gpus=gpus,
+            stage=stage,
+            bf16=weights == "bf16",
+            kernels=kernels,
+            zero=zero,
+            processes=processes_for(config.batch.sequences, usable_cores()) if on_cpu else 1,
+        )
+        recomputed = None
+        if not (config.runtime.recompute or config.runtime.cuda_graphs):
+            runtime = replace(config.runtime, recompute=True)
+            recomputed = sum(needed(replace(config, runtime=runtime)).values())
+        busy = compute_seconds(
+            config.model,
+            vocab_size,
+            packs,
+            device,
+            gpus=gpus,
+            stage=stage,
+            bf16=bf16,
+            on_cpu=on_cpu,
+            efficiency=efficiency,
+            muon=muon,
+            recompute=config.runtime.recompute,
+        )
+        updates = count_hidden(config.model) if muon else 0
+        sent = communication_per_step(P, gpus, stage, len(packs), w, zero, updates)
+        link = device.link if gpus <= GPUS_PER_NODE else min(device.link, device.network)
+        return _Step(packs, needed(config), recomputed, *busy, *sent, link, hidden)
+
+    step = step_on(gpus)
+    step_s = step.seconds
     steps = _steps(config, tokens, epoch, step_s)
     total_s = None if steps is None else steps * step_s
     price = device.price if price is None else price
@@ -399,7 +438,7 @@ def plan(
     ]
     if gpus > 1:
         assumptions.append(
-            f"{link / 1e9:,.0f} GB/s between GPUs, {'during' if hidden else 'after'} the "
+            f"{step.link / 1e9:,.0f} GB/s between GPUs, {'during' if hidden else 'after'} the "
             "computation, as DeepSpeed does at this stage"
         )
     if config.runtime.kernels not in ("auto", kernels):
@@ -419,36 +458,29 @@ def plan(
         precision="bf16" if bf16 else "fp32",
         kernels=kernels,
         zero_stage=stage,
-        memory=memory,
-        memory_total=sum(memory.values()),
+        memory=step.memory,
+        memory_total=sum(step.memory.values()),
         memory_of_gpu=device.memory,
         tokens_per_step=tokens,
-        micro_batches=len(packs),
+        micro_batches=len(step.packs),
         flops_per_token=flops / tokens,
-        communication_bytes=sent,
-        communication_least_bytes=least,
-        products_s=products_s,
-        traffic_s=traffic_s,
-        launch_s=launch_s,
-        communication_s=communication_s,
+        communication_bytes=step.sent,
+        communication_least_bytes=step.least,
+        products_s=step.products_s,
+        traffic_s=step.traffic_s,
+        launch_s=step.launch_s,
+        communication_s=step.communication_s,
         step_s=step_s,
         tokens_per_s=tokens / step_s,
         mfu=flops / gpus / (peak * step_s),
         steps=steps,
+        dataset_tokens=sum(one.counts("train").tokens for one in datasets) or None,
+        epochs=steps * config.batch.sequences / epoch if steps and epoch else None,
+        relative_cost={} if on_cpu else _relative_cost(config, step_on, device.memory),
         total_s=total_s,
         price_per_gpu_hour=price,
         cost=None if total_s is None or price is None else total_s / 3600 * gpus * price,
-        limit=_too_often(whole, datasets)
-        or _bottleneck(
-            memory,
-            recomputed,
-            device,
-            packs[0].tokens,
-            products_s,
-            traffic_s,
-            launch_s,
-            0.0 if hidden and communication_s < busy_s else communication_s,
-        ),
+        limit=_too_often(whole, datasets) or _bottleneck(step, device.memory),
         assumptions=assumptions,
         reading=[reading(each, config.order.window) for each in datasets],
     )
@@ -484,15 +516,34 @@ def describe(p: Plan) -> list[tuple[str, str]]:
     cost = "" if p.cost is None else f", {p.cost:,.{0 if p.cost >= 100 else 2}f} dollars"
     for i, one in enumerate(p.reading):
         rows += [("" if i else "data", _read(one)), ("  from a bucket", _requests(one))]
-    return [
-        *rows,
+    rows += [
         ("tokens/s", f"{p.tokens_per_s:,.0f}, {p.mfu:.0%} of the peak"),
         (
             "the run",
             unknown if p.total_s is None else f"{p.steps:,} steps, {_duration(p.total_s)}{cost}",
         ),
-        ("limited by", p.limit),
     ]
+    if p.steps is not None:
+        text = f"{_count(p.steps * p.tokens_per_step)} tokens in the run"
+        if p.dataset_tokens is not None and p.epochs is not None:
+            text += f", {_count(p.dataset_tokens)} in the dataset: {p.epochs:,.2g} epochs"
+        rows.append(("text", text))
+    if p.relative_cost:
+        rows.append(("GPUs that pay", _paying(p.relative_cost)))
+    return [*rows, ("limited by", p.limit)]
+
+
+def _paying(cost: Mapping[int, float]) -> str:
+    """The largest number of GPUs on which a token costs at most PAYS times the least, in words."""
+    most = max(gpus for gpus, ratio in cost.items() if ratio <= PAYS)
+    cheapest = min(cost, key=lambda gpus: cost[gpus])
+    text = f"up to {most:,}"
+    if most != cheapest:
+        text += f", where a token costs {cost[most]:.1f} times as much as on {cheapest:,}"
+    more = [gpus for gpus in cost if gpus > most]
+    if not more:
+        return f"{text}; more would need more batch.sequences"
+    return f"{text}; on {more[0]:,} a token costs {cost[more[0]]:.1f} times as much"
 
 
 def _read(data: Reading) -> str:
@@ -512,6 +563,13 @@ def _requests(data: Reading) -> str:
     """How often a machine asks an object store, in words."""
     epoch = f", {data.gets_per_epoch:,} an epoch" if data.gets_per_epoch else ""
     return f"{data.gets:,} GET requests by each machine before the first step{epoch}"
+
+
+def _count(number: float) -> str:
+    for unit, size in (("B", 1e9), ("M", 1e6)):
+        if number >= size:
+            return f"{number / size:,.1f} {unit}"
+    return f"{number:,.0f}"
 
 
 def _size(size: float) -> str:
@@ -551,9 +609,7 @@ def _check(
             f"{recipe}: batch.sequences = {batch.sequences:,}: a plan draws the length of each; "
             f"it can be {LARGEST_BATCH:,} at most here"
         )
-    # Training has the same condition. It can split a remainder only if two examples fit in a pack.
-    uneven = batch.sequences % gpus != 0
-    if batch.sequences < gpus or (uneven and batch.micro_batch_tokens < 2 * batch.max_length):
+    if not _divides(config, gpus):
         raise InputError(
             f"--gpus {gpus}: the batch.sequences = {batch.sequences} of {recipe} cannot be split "
             f"over {gpus} GPUs in packs of batch.micro_batch_tokens = {batch.micro_batch_tokens}; "
@@ -574,6 +630,16 @@ def _check(
         raise InputError(f"--price {price}: must be 0 or more, in dollars per GPU hour")
 
 
+def _divides(config: RunConfig, gpus: int) -> bool:
+    """Whether the batch can be shared among these GPUs; training has the same condition.
+
+    A remainder can be split only if two examples fit in a pack.
+    """
+    batch = config.batch
+    even = batch.sequences % gpus == 0
+    return gpus <= batch.sequences and (even or batch.micro_batch_tokens >= 2 * batch.max_length)
+
+
 def _too_often(config: RunConfig, datasets: Sequence[TokenDataset]) -> str | None:
     """Return which source the run would use more often than it may: training refuses that."""
     if not datasets or not any(source.epochs for source in config.sources):
@@ -581,49 +647,49 @@ def _too_often(config: RunConfig, datasets: Sequence[TokenDataset]) -> str | Non
     return Timetable(config, Streams(datasets, config)).epochs_problem()
 
 
-def _bottleneck(
-    memory: Mapping[str, float],
-    recomputed: float | None,
-    device: Device,
-    tokens: int,
-    products_s: float,
-    traffic_s: float,
-    launch_s: float,
-    communication_s: float,
-) -> str:
-    """Return what limits the speed or makes the run impossible, and what to change.
+def _relative_cost(
+    config: RunConfig, step_on: Callable[[int], _Step], memory: float
+) -> dict[int, float]:
+    """Return GPU seconds of a step on 1, 2, 4, ... GPUs, over the least of them.
 
-    `recomputed` are the bytes with `runtime.recompute`, where that can be set. `tokens` are those
-    of the largest micro-batch.
+    Numbers that cannot share the batch, or on which the run does not fit, are left out.
     """
-    over = sum(memory.values()) - device.memory
+    powers = [2**i for i in range(config.batch.sequences.bit_length())]
+    steps = {n: step_on(n) for n in powers if _divides(config, n)}
+    seconds = {n: n * s.seconds for n, s in steps.items() if sum(s.memory.values()) <= memory}
+    return {n: found / min(seconds.values()) for n, found in seconds.items()}
+
+
+def _bottleneck(step: _Step, memory: float) -> str:
+    """Return what limits the speed or makes the run impossible, and what to change."""
+    tokens, recomputed, parts = step.packs[0].tokens, step.recomputed, step.memory
+    over = sum(parts.values()) - memory
     if over > 0:
-        part = max(memory, key=lambda name: memory[name])
+        part = max(parts, key=lambda name: parts[name])
         advice = "raise the ZeRO stage, or use more GPUs"
         if part in ("activations", "temporaries"):
-            growing = memory["activations"] + memory["temporaries"]
+            growing = parts["activations"] + parts["temporaries"]
             most = int(tokens * max(growing - over, 0) / growing)
             advice = f"lower batch.micro_batch_tokens to {most:,} or below"
-        if recomputed is not None and recomputed <= device.memory:
+        if recomputed is not None and recomputed <= memory:
             advice += (
                 f"; or set runtime.recompute = true, which needs {recomputed / 1e9:,.1f} GB and "
                 "makes a step about a third longer"
             )
-        size = f"{sum(memory.values()) / 1e9:,.1f} GB do not fit in {device.memory / 1e9:,.0f} GB"
+        size = f"{sum(parts.values()) / 1e9:,.1f} GB do not fit in {memory / 1e9:,.0f} GB"
         return f"memory: {size}; the largest part is {part}: {advice}"
-    busy_s = products_s + traffic_s
-    if communication_s > max(busy_s, launch_s):
-        ratio = communication_s / max(busy_s, launch_s)
+    if step.communication_s > step.busy_s:
+        ratio = step.communication_s / step.busy_s
         return (
             f"communication: {ratio:.1f} times the computation; "
             "raise batch.sequences, or use fewer GPUs"
         )
-    if launch_s > busy_s:
+    if step.launch_s > step.products_s + step.traffic_s:
         return (
             f"too little work: the GPU computes a micro-batch of {tokens:,} tokens faster than the "
             "host launches it; use fewer GPUs, or raise batch.sequences"
         )
-    if traffic_s > products_s:
+    if step.traffic_s > step.products_s:
         return (
             "memory bandwidth: LayerNorms, GELUs and the update take longer than the matrix "
             "products; a wider model loses less"

@@ -15,10 +15,12 @@ from fastbert.checkpoints.weight_table import DECODER, NSP, POOLER
 from fastbert.contention import watch_contention
 from fastbert.data.tokenizer import special_ids
 from fastbert.errors import InputError
-from fastbert.machine import share_cores
+from fastbert.machine import check_threads, share_cores
 from fastbert.models.build import build_model
 from fastbert.storage import Url, place
 from fastbert.tasks.pretrained import Pretrained
+
+THREADS = 8  # of the tokenizer, of Parquet and of the progress bar, beside those that compute
 
 # A fork has none of the threads that torch has started, and would wait for them forever. So a
 # process that multiprocessing forks computes on one, as torch's own data loaders do.
@@ -27,6 +29,7 @@ os.register_at_fork(after_in_child=functools.partial(torch.set_num_threads, 1))
 
 def load(path: str | Path, device: str | None = None) -> Pretrained:
     """Open a model; `fastbert.load` says what its arguments are. A run may be a URL too."""
+    check_threads("a model", torch.get_num_threads() + THREADS)
     at = place(path)
     parts = open_model(fetch_checkpoint(at).path if isinstance(at, Url) else at)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")

@@ -151,7 +151,7 @@ h1 {{ font-size: 1.5rem; margin: 0; overflow-wrap: anywhere; }}
 h2 {{ font-size: 1.15rem; margin: 2rem 0 .5rem; }}
 p.note {{ color: {MUTED}; margin: .25rem 0; }}
 .cards {{ display: grid; gap: .75rem; margin: 1rem 0;
-  grid-template-columns: repeat(auto-fit, minmax(8.5rem, 1fr)); }}
+  grid-template-columns: repeat(auto-fit, minmax(max(8.5rem, 22%), 1fr)); }} /* 4 and 4 */
 .cards div {{ border: 1px solid {GRID}; border-radius: .5rem; padding: .5rem .75rem; }}
 .cards b {{ display: block; font-size: 1.25rem; font-variant-numeric: tabular-nums; }}
 .cards span {{ color: {MUTED}; font-size: .85rem; }}

@@ -14,7 +14,7 @@ import difflib
 import importlib.util
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fastbert.config import RunConfig
@@ -126,31 +126,49 @@ def read_ds_config(config: RunConfig, recipe: str) -> DeepSpeedSettings:
             or a value is for the recipe to decide (its key is named), asks for what fastbert does
             not do, or has the wrong type. All of these are in one line.
     """
-    path = config.runtime.deepspeed or str(DEEPSPEED)
-    values = _load(path, recipe)
-    problems = list(_problems("", values, OWN, recipe))
-    if problems[1:]:
-        problems = [f"({i}) {problem}" for i, problem in enumerate(problems, 1)]
+    settings, problems = find_problems(config.runtime.deepspeed or str(DEEPSPEED), recipe)
     if problems:
-        raise InputError(f"{path}: {'; '.join(problems)}")
-    own = {key: value for key, value in _without_auto(values).items() if key in OWN}
+        raise InputError(f"{settings.path}: {in_one_line(problems)}")
     asked = f"runtime.precision = {json.dumps(config.runtime.precision)} in {recipe}"
-    return DeepSpeedSettings(path, {"zero_optimization": {}, **own}, _precisions(own), asked)
+    return replace(settings, asked=asked)
+
+
+def find_problems(path: str, recipe: str) -> tuple[DeepSpeedSettings, dict[str, str]]:
+    """Read a file.
+
+    Returns:
+        Its settings, and what is wrong with each key that is for the recipe to decide, or that
+        fastbert refuses. DeepSpeed's own checks are `objections` in engine.py.
+
+    Raises:
+        InputError: the file is missing or not JSON.
+    """
+    values = _load(path, recipe)
+    own = {key: value for key, value in _without_auto(values).items() if key in OWN}
+    settings = DeepSpeedSettings(path, {"zero_optimization": {}, **own}, _precisions(own))
+    return settings, dict(_problems("", values, OWN, recipe))
+
+
+def in_one_line(problems: Mapping[str, str]) -> str:
+    """The problems, numbered if there are several."""
+    if len(problems) == 1:
+        return next(iter(problems.values()))
+    return "; ".join(f"({i}) {problem}" for i, problem in enumerate(problems.values(), 1))
 
 
 def _problems(
     section: str, values: dict[str, Any], known: Mapping[str, Kind] | None, recipe: str
-) -> Iterator[str]:
-    """What is wrong with each key of a section, with its value; `known` None permits any key."""
+) -> Iterator[tuple[str, str]]:
+    """Keys of a section, and what is wrong with each; `known` None permits any key."""
     for key, value in values.items():
         place = f"{section}.{key}" if section else key
         if known is not None and key not in known:
             if section or not _asks_for_nothing(key, value):
-                yield _not_ours(place, value, known, recipe)
+                yield place, _not_ours(place, value, known, recipe)
         elif value is None or value == AUTO:
             continue
         elif what := _objection(place, value, known[key] if known else None):
-            yield f"{place} = {_shown(value)}{what}"
+            yield place, f"{place} = {_shown(value)}{what}"
         elif isinstance(value, dict):
             yield from _problems(place, value, SECTIONS.get(place), recipe)
 

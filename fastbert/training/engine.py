@@ -69,7 +69,7 @@ from fastbert.errors import InputError
 from fastbert.models.bert import Layer
 from fastbert.models.build import Model
 from fastbert.models.heads import Losses, losses
-from fastbert.training.ds_config import DeepSpeedSettings
+from fastbert.training.ds_config import DeepSpeedSettings, in_one_line
 from fastbert.training.graphs import GraphedModel
 from fastbert.training.heldout import HELDOUT_SUMS, HeldOut, heldout_means, heldout_sums
 from fastbert.training.muon import Muon
@@ -508,29 +508,46 @@ def check_settings(settings: DeepSpeedSettings) -> None:
     """Let DeepSpeed check its own part of ds_config.json before anything is written.
 
     Raises:
-        InputError: with DeepSpeed's first objection.
+        InputError: with DeepSpeed's objections.
     """
-    try:
-        DeepSpeedConfig({**settings.values, "train_micro_batch_size_per_gpu": 1})
-    except ValidationError as error:
-        first = error.errors()[0]
-        section, model = next(
-            (section, model) for section, model in MODELS.items() if model.__name__ == error.title
-        )
-        inside = [str(part) for part in first["loc"]]
-        place = ".".join(filter(None, [section, *inside]))
-        if first["type"] == "extra_forbidden":
-            near = difflib.get_close_matches(inside[-1], _keys(model, inside[:-1]), n=3, cutoff=0.6)
-            hint = f"; did you mean {' or '.join(near)}?" if near else ""
-            raise InputError(f"{settings.path}: unknown key '{place}'{hint}") from None
-        # An error without a key concerns the whole section.
-        value = f" = {first['input']!r}" if inside else ""
-        raise InputError(
-            f"{settings.path}: {place}{value}: {first['msg']}, says DeepSpeed"
-        ) from None
-    except Exception as error:  # DeepSpeed raises many kinds, AssertionError among them
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise InputError(f"{settings.path}: DeepSpeed refuses it: {reason}") from None
+    if found := objections(settings):
+        raise InputError(f"{settings.path}: {in_one_line(found)}")
+
+
+def objections(settings: DeepSpeedSettings) -> dict[str, str]:
+    """What DeepSpeed has against each key of its own part of ds_config.json."""
+    values, found = dict(settings.values), dict[str, str]()
+    for _ in range(len(values) + 1):  # an error is about one section; the others are tried again
+        try:
+            DeepSpeedConfig({**values, "train_micro_batch_size_per_gpu": 1})
+        except ValidationError as error:
+            section, model = next(
+                (section, model)
+                for section, model in MODELS.items()
+                if model.__name__ == error.title
+            )
+            for one in error.errors():
+                inside = [str(part) for part in one["loc"]]
+                place = ".".join(filter(None, [section, *inside]))
+                found[place] = _objection(place, inside, model, one)
+                values.pop(place.partition(".")[0], None)
+        except Exception as error:  # DeepSpeed raises many kinds, AssertionError among them
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            return found or {"": f"DeepSpeed refuses it: {reason}"}
+        else:
+            break
+    return found
+
+
+def _objection(place: str, inside: list[str], model: Any, error: Any) -> str:
+    """One of DeepSpeed's objections to a section, in words."""
+    if error["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(inside[-1], _keys(model, inside[:-1]), n=3, cutoff=0.6)
+        hint = f"; did you mean {' or '.join(near)}?" if near else ""
+        return f"unknown key '{place}'{hint}"
+    # An error without a key concerns the whole section.
+    value = f" = {error['input']!r}" if inside else ""
+    return f"{place}{value}: {error['msg']}, says DeepSpeed"
 
 
 def _keys(model: Any, inside: list[str]) -> list[str]:

@@ -142,7 +142,7 @@ class TrackioLogger(Logger):
     """Trackio: notes are alerts."""
 
     def __init__(self, project: str, name: str, config: Mapping[str, Any], earlier: str | None):
-        import trackio
+        import trackio  # pyright: ignore[reportMissingImports]
 
         # It finds an earlier run by its name, which need not be unique elsewhere.
         self.id = earlier or f"{name}-{secrets.token_hex(4)}"
@@ -154,7 +154,7 @@ class TrackioLogger(Logger):
         self._run.log(dict(values), step=step)
 
     def note(self, step: int, key: str, text: str) -> None:
-        from trackio import AlertLevel
+        from trackio import AlertLevel  # pyright: ignore[reportMissingImports]
 
         level = AlertLevel.INFO if key == STOP_REASON else AlertLevel.WARN
         self._run.alert(title=key, text=text, level=level, step=step)

@@ -22,9 +22,9 @@ from fastbert.data.prefetch import STEPS_AHEAD, Prefetch
 from fastbert.errors import InputError
 from fastbert.machine import (
     MOST_PROCESSES,
+    check_threads,
     measure_gemm_rate,
     share_cores,
-    startable_threads,
 )
 from fastbert.out_of_memory import shortage
 from fastbert.terminal import tell
@@ -60,11 +60,12 @@ def pretrain(
         The exit code and the reason. A reason that `Monitor.stop` has not shown is on stderr.
 
     Raises:
-        InputError: the recipe, the dataset, DeepSpeed's settings or the run folder is wrong;
-            nothing has been written then. Or text of a dataset larger than a window turned out to
-            be damaged during the run.
+        InputError: the recipe, the dataset, DeepSpeed's settings or the run folder is wrong, or too
+            few threads can be started; nothing has been written then. Or text of a dataset larger
+            than a window turned out to be damaged during the run.
     """
-    _check_threads()
+    children = MOST_PROCESSES - 1  # of parallel_model.py, at most, with two threads each
+    check_threads("a run", THREADS + torch.get_num_threads() + 2 * children)
     timeout_s = config.runtime.timeout_s
     with stop_request or StopRequest() as stop_request:
         try:
@@ -89,23 +90,6 @@ def pretrain(
             ending = Ending(FAILED, str(end))
             tell(end)
         return ending
-
-
-def _check_threads() -> None:
-    """Check that the threads of a run can be started.
-
-    Where one cannot, libraries abort, report a broken network, or wait for it forever.
-
-    Raises:
-        InputError: they cannot.
-    """
-    children = MOST_PROCESSES - 1  # of parallel_model.py, at most, with two threads each
-    wanted = THREADS + torch.get_num_threads() + 2 * children
-    if (found := startable_threads(wanted)) < wanted:
-        raise InputError(
-            f"only {found} more threads can be started here, and a run needs {wanted}; raise the "
-            "limit of this user (ulimit -u) or of this container (pids)"
-        )
 
 
 def train(run: Run) -> Ending:

@@ -366,19 +366,19 @@ class Monitor:
     def _show(self, done: TrainState) -> None:
         window, now = self._window, time.perf_counter()
         elapsed = now - window.began
-        parts = [
-            f"step {done.step:,}",
-            f"loss {window.loss / window.steps:.3f}",
-            f"{window.tokens / elapsed:,.0f} tok/s",
-        ]
+        share = self._criteria.share(done)
+        # A narrow terminal cuts the end of the line.
+        parts = [f"step {done.step:,}", f"loss {window.loss / window.steps:.3f}"]
+        if done.heldout_loss is not None:
+            parts.append(f"held-out {done.heldout_loss:.3f}")
+        if (left := self._criteria.seconds_left(done)) is not None:
+            parts.append(f"{_clock(left)} left")
+        parts.append(f"{window.tokens / elapsed:,.0f} tok/s")
         if self._peak and window.flops / elapsed > self._peak:
             self._peak = None  # other processes slowed down its measurement at the start
         if self._peak:
             parts.append(f"{window.flops / elapsed / self._peak:.0%} of peak")
         parts.append(f"{window.waited / elapsed:.1%} wait")
-        share = self._criteria.share(done)
-        if (left := self._criteria.seconds_left(done)) is not None:
-            parts.append(f"{_clock(left)} left")
         if self._redraws:
             with self._printing():
                 self._bar.update(
