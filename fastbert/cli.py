@@ -723,7 +723,7 @@ def finetune(
     as_json: Json = False,
 ) -> None:
     """Train a classifier or a regression on texts or pairs of texts."""
-    from fastbert.machine import check_threads, share_cores, usable_cores
+    from fastbert.machine import check_threads, usable_cores
     from fastbert.tasks.labelled import read_examples
 
     check_threads("finetune", usable_cores() + 8)  # pyarrow takes a lack for a damaged file
