@@ -247,17 +247,19 @@ with StopRequest() as request:
         ("TORCHELASTIC_RUN_ID", "torchrun"),
         ("CROSS_SIZE", "deepspeed"),
         ("SLURM_STEP_NUM_TASKS", "srun"),
-        (None, None),
+        ("RANK", None),
+        ("SLURM_STEP_NUM_TASKS without WORLD_SIZE", None),
     ],
 )
 def test_the_end_of_a_launcher_is_a_stop_request(variable, name):
     """The end of a shell is none: a run that was started with nohup and & continues."""
+    variable, _, without = variable.partition(" without ")
     worker = WORKER if name else WORKER.replace("else 20", "else 3")
     launcher = subprocess.Popen(
         [sys.executable, "-c", LAUNCHER, worker],
         stdout=subprocess.PIPE,
         text=True,
-        env=environment(**({variable: "2"} if variable else {"WORLD_SIZE": "2"})),
+        env=environment(**{variable: "1", **({} if without else {"WORLD_SIZE": "2"})}),
     )
     assert launcher.stdout is not None
     lines = {launcher.stdout.readline().strip(), launcher.stdout.readline().strip()}

@@ -61,7 +61,12 @@ def launched() -> bool:
 
 
 def launcher() -> str | None:
-    """The launcher that is the parent of this process; None where there is none."""
+    """The launcher that is the parent of this process; None where there is none.
+
+    A shell in a step of Slurm has Slurm's variables, but no WORLD_SIZE.
+    """
+    if "WORLD_SIZE" not in os.environ:
+        return None
     return next((name for key, name in _PARENTS.items() if key in os.environ), None)
 
 
