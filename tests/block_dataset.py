@@ -26,7 +26,7 @@ def text_of(split: Split, begin: int, end: int, words: bool = False) -> Text:
     """Return the documents [begin, end) of a split."""
     first_sentence = split.first_sentence(np.arange(begin, end + 1))
     first_token = split.first_token(np.arange(first_sentence[0], first_sentence[-1] + 1))
-    span = first_token[:1], first_token[-1:] - first_token[:1]
+    span = first_token[:-1], np.diff(first_token)
     return (
         split.gather(*span),
         np.diff(first_token),
