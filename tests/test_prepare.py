@@ -22,7 +22,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastbert.data import corpus_plan, progress, segments, settle
+from fastbert import progress
+from fastbert.data import corpus_plan, segments, settle
 from fastbert.data import prepare as module
 from fastbert.data.copies import Seen
 from fastbert.data.dataset import TokenDataset, open_dataset

@@ -81,7 +81,8 @@ def tokens_per_word(dataset: TokenDataset) -> float:
     A word, or a punctuation mark, is a token with the tokens that continue it.
     """
     split = dataset.split("heldout")
-    tokens = split.gather(np.array([0]), np.array([split.tokens]))
+    bounds = split.first_token(np.arange(split.sentences + 1))
+    tokens = split.gather(bounds[:-1], np.diff(bounds))
     return len(tokens) / int((~dataset.continues_word[tokens]).sum())
 
 

@@ -33,6 +33,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 
@@ -99,10 +100,10 @@ def sentence_pairs(dataset: TokenDataset, max_length: int, seed: int) -> list[di
     The label is 0 for the successor, and 1 for a sentence of another document.
     """
     split, draw = dataset.split("train"), random.Random(seed)
-    bounds = split.first_token(torch.arange(split.sentences + 1).numpy())
-    tokens = split.gather(bounds[:1], bounds[-1:] - bounds[:1]).tolist()
+    bounds = split.first_token(np.arange(split.sentences + 1))
+    tokens = split.gather(bounds[:-1], np.diff(bounds)).tolist()  # a span lies in one shard
     sentences = [tokens[a:b] for a, b in itertools.pairwise(bounds.tolist())]
-    starts = split.first_sentence(torch.arange(split.documents + 1).numpy()).tolist()
+    starts = split.first_sentence(np.arange(split.documents + 1)).tolist()
     documents = [sentences[a:b] for a, b in itertools.pairwise(starts) if b - a > 1]
     pairs = []
     for number, document in enumerate(documents):
