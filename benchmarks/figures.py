@@ -19,8 +19,12 @@ from benchmarks.quality.bench_downstream import downstream_table, models_table
 from benchmarks.quality.bench_quality import TRAINER, sooner_table
 from benchmarks.quality.sweep import sweep_table
 from benchmarks.step.bench_step import step_table
+from benchmarks.step.bench_threads import threads_table
 
-PAGES = tuple(ROOT / name for name in ("README.md", "docs/benchmarks.md", "docs/results.md"))
+PAGES = tuple(
+    ROOT / name
+    for name in ("README.md", "docs/benchmarks.md", "docs/results.md", "docs/how-to/cpu.md")
+)
 MACHINE = "amd-epyc-2-cores"  # the pages quote this machine's results, and one record of the other
 AMX = "intel-r-xeon-r-processor-2-cores"
 
@@ -131,6 +135,12 @@ def _architectures(record: Record) -> str:
     return f"{_machine(record)}\n\n{bench_architectures.report(list(record.rows))}"
 
 
+def _threads(record: Record) -> str:
+    facts = record.rows[0]
+    recipe = f"recipe {facts['recipe']} in {facts['precision']}"
+    return f"{recipe}, {_machine(record)}\n\n{threads_table(record.rows)}"
+
+
 # By name of the place: the record (of MACHINE, if it names no other) and the function that writes
 # the text from it.
 FIGURES: dict[str, tuple[str, Callable[[Record], str]]] = {
@@ -147,6 +157,7 @@ FIGURES: dict[str, tuple[str, Callable[[Record], str]]] = {
     "downstream": ("downstream", _downstream),
     "sweep": ("sweep", _sweep),
     "architectures": ("architectures", _architectures),
+    "threads": ("threads", _threads),
     "architectures_tasks": ("architectures_tasks", _architectures),
 }
 

@@ -7,7 +7,7 @@ fifth longer. Beside a busy program on each core, spinning takes the core from t
 is waited for, and a step takes 69 times as long.
 
 So a thread of Python looks how long the threads of this process have waited for a core. Where that
-is long, libgomp's threads sleep for some seconds. libgomp has no call for this after its start, but
+is long, libgomp's threads sleep for a while. libgomp has no call for this after its start, but
 it spins 100 times in place of 300,000 while there are more of its threads than processors. So
 another team of its threads is kept meanwhile. It computes nothing, and operations are divided as
 before, so every result is the same to the last digit.
@@ -28,8 +28,9 @@ POLICIES = "OMP_WAIT_POLICY", "GOMP_SPINCOUNT"  # a user's own choice
 # use half of each core, it is 0.6, and spinning is still faster; beside busy ones it is 0.8 to 1.1.
 CONTENDED = 0.7
 LOOK_S = 0.1  # from one look to the next
-# Then threads spin again. Beside busy programs that costs the time of a look, or 2 %.
-ASLEEP_S = 5.0
+# How long they sleep at first, and at most. It doubles where the look after it finds the same, so
+# these looks cost 1 % in the end. Contention with threads of this process, as at a start, is brief.
+ASLEEP_S = 0.5, 8.0
 _TASKS = Path("/proc/self/task")
 _begin = threading.Lock()
 _watching: set[int] = set()  # ids of processes; a fork has none of the threads of its parent
@@ -74,19 +75,24 @@ def _libgomp() -> ctypes.CDLL | None:
 
 
 def _watch(gomp: ctypes.CDLL, team: int) -> None:
+    shortest, longest = ASLEEP_S
+    seconds = shortest
     while True:
         if waited(LOOK_S) > CONTENDED:
             # libgomp keeps a team as long as the thread lives that made it.
-            holder = threading.Thread(target=_hold, args=(gomp, team), daemon=True)
+            holder = threading.Thread(target=_hold, args=(gomp, team, seconds), daemon=True)
             holder.start()
             holder.join()
+            seconds = min(2 * seconds, longest)
+        else:
+            seconds = shortest
 
 
-def _hold(gomp: ctypes.CDLL, team: int) -> None:
+def _hold(gomp: ctypes.CDLL, team: int, seconds: float) -> None:
     """Keep a team of this many threads for a while."""
     nothing = ctypes.cast(ctypes.CDLL(None).getpid, ctypes.c_void_p)
     gomp.GOMP_parallel(nothing, None, ctypes.c_uint(team), ctypes.c_uint(0))
-    time.sleep(ASLEEP_S)
+    time.sleep(seconds)
 
 
 def waited(seconds: float) -> float:

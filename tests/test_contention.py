@@ -25,7 +25,7 @@ spinning = pytest.mark.skipif(
 SPUN = """
 import json, math, os, time, torch
 from fastbert import contention
-contention.LOOK_S, contention.ASLEEP_S = 0.01, 2.0
+contention.LOOK_S, contention.ASLEEP_S = 0.01, (2.0, 2.0)
 x, a, b = torch.zeros(1 << 17), torch.randn(300, 300), torch.randn(300, 300)
 
 def spun(contended, threads):
