@@ -116,7 +116,7 @@ def test_three_nodes_make_the_same_dataset(
         cluster.remove_node(nodes[0], allow_graceful=False)
         encoded.append(len(list(work.glob("piece-*.npz"))))
 
-    killer = threading.Thread(target=kill)
+    killer = threading.Thread(target=kill, daemon=True)
     if kills:
         killer.start()
     prepare([text], out, engine="ray", ray_address=cluster.address, **OPTIONS)
