@@ -19,4 +19,5 @@ encode=$(sbatch "${options[@]}" --job-name=prepare-encode --array="0-$((TASKS - 
     --wrap "$line --task \$SLURM_ARRAY_TASK_ID/$TASKS")
 assemble=$(sbatch "${options[@]}" --job-name=prepare-assemble --array="0-$((TASKS - 1))" --dependency="afterok:$encode" \
     --wrap "$line --task \$SLURM_ARRAY_TASK_ID/$TASKS")
-sbatch "${options[@]}" --job-name=prepare-finish --dependency="afterok:$assemble" --wrap "$line"
+# A task that starts late may have finished the dataset already, and then this one has nothing to do.
+sbatch "${options[@]}" --job-name=prepare-finish --dependency="afterok:$assemble" --wrap "$line --task 0/1"

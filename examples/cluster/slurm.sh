@@ -4,7 +4,7 @@
 #
 #   sbatch --nodes 4 examples/cluster/slurm.sh base.toml data=data/wiki
 #
-# It resumes from the newest checkpoint by itself, after its time limit or after the loss of a node, until the run is finished.
+# It resumes from the newest checkpoint automatically, after its time limit or after the loss of a node, until the run is finished.
 
 #SBATCH --job-name=fastbert
 #SBATCH --nodes=2

@@ -146,12 +146,17 @@ def prepare_share(sources: Sequence[str | Path], out: str | Path, task: str, **o
     out, chosen = Path(out), Options(**options)
     if chosen.engine != LOCAL:
         raise InputError(f"--task {task}: is run by your scheduler; leave out --engine")
+    finished = f"{out}: is there; nothing is missing"
     if not chosen.add and (out / MANIFEST).is_file():
-        return f"{out}: is there; nothing is missing"
-    with _started(sources, out, chosen) as run:
-        if isinstance(run, Report):
-            return f"{out}: is there; nothing is missing"
-        return run.share(share, shares)
+        return finished
+    try:
+        with _started(sources, out, chosen) as run:
+            return finished if isinstance(run, Report) else run.share(share, shares)
+    except (InputError, FileNotFoundError):
+        # Another task may have finished the dataset meanwhile, and removed what this one read.
+        if not chosen.add and (out / MANIFEST).is_file():
+            return finished
+        raise
 
 
 class _Run:
