@@ -2,9 +2,9 @@
 
 torch divides an operation over the threads of libgomp, which meet after each one. A thread that
 waits there spins for some milliseconds before it sleeps. On idle cores that is right, because it
-takes long to wake a thread: where threads always sleep (OMP_WAIT_POLICY=PASSIVE) a step takes a
-fifth longer. Beside a busy program on each core, spinning takes the core from the very thread that
-is waited for, and a step takes 69 times as long.
+takes long to wake a thread: where threads always sleep (OMP_WAIT_POLICY=PASSIVE) a step takes up to
+1.8 times as long. Beside a busy program on each core, spinning takes the core from the very thread
+that is waited for, and a step takes up to 105 times as long (docs/how-to/cpu.md).
 
 So a thread of Python looks how long the threads of this process have waited for a core. Where that
 is long, libgomp's threads sleep for a while. libgomp has no call for this after its start, but

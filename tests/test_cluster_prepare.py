@@ -85,7 +85,7 @@ def test_slurm(place: Place):
 
 
 def test_kubernetes(place: Place):
-    """It is applied until a pod says "ready"; a pod that is killed is started anew."""
+    """It is applied until a pod says "ready"; a pod that is killed is started again."""
     text = (EXAMPLES / "prepare.yaml").read_text()
     assert text.count("16") == 4, "a comment, completions, parallelism, and N of --task"
     options = json.dumps(OPTIONS[2:])[1:-1]

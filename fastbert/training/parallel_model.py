@@ -14,8 +14,8 @@ Losses are sums over sequences that are divided by counts of the whole step, so 
 up, and so do gradients. They are added in the order of the packs, so a run with the same number of
 processes gives the same bits.
 
-On two cores of an AMD EPYC, 2,500 tokens of the demo take 80 ms, with OpenMP's two threads 98.
-Beside a busy program on each core they take 149 and 6,734 (benchmarks/step/bench_threads.py).
+On two cores of an AMD EPYC, 2,500 tokens of the demo take 78 ms, with OpenMP's two threads 69.
+Beside a busy program on each core they take 161 and 7,269 (benchmarks/step/bench_threads.py).
 """
 
 from __future__ import annotations
