@@ -162,7 +162,7 @@ def test_real_text(small_dataset, segments, fill):
 # Packs
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(data=st.data(), world=st.integers(1, 6), limit=st.integers(20, 200))
 def test_sequences_are_shared_out_evenly_and_fit(data, world, limit):
     lengths = np.array(data.draw(st.lists(st.integers(3, limit), min_size=world, max_size=60)))

@@ -32,7 +32,7 @@ def text(documents: list[list[list[int]]], words: bool) -> Text:
     )
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60)
 @given(
     pieces=st.lists(documents_of_sentences, min_size=1, max_size=6),
     per_shard=st.integers(1, 4),

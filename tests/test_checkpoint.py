@@ -605,7 +605,7 @@ def test_a_damaged_checkpoint_is_named_and_the_next_valid_one_is_taken(tmp_path,
     assert message in str(error.value)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.one_of(st.binary(max_size=200), st.text(max_size=60).map(str.encode), st.recursive(
     st.none() | st.booleans() | st.integers() | st.text(max_size=5),
     lambda inner: st.lists(inner, max_size=3)

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from fastbert.config import MODERNBERT_PRESETS, PRESETS, RunConfig
@@ -257,7 +257,6 @@ PIECES += [
 ]
 
 
-@settings(deadline=None)
 @given(st.text(max_size=60) | st.lists(st.sampled_from(PIECES)).map("\n".join))
 def test_rubbish_is_a_recipe_or_an_error_of_one_line_that_names_the_file(text):
     try:

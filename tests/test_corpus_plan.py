@@ -25,7 +25,7 @@ def parts_of(plan: Plan) -> list[list[Part]]:
     return [plan.piece(number) for number in range(plan.pieces)]
 
 
-@settings(deadline=None, derandomize=True, max_examples=60)
+@settings(max_examples=60)
 @given(
     st.lists(st.integers(1, 40 * MIB), min_size=1, max_size=12),
     st.booleans(),

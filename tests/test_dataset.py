@@ -27,7 +27,7 @@ documents_of_sentences = st.lists(
 )
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60)
 @given(
     documents=documents_of_sentences,
     shard_tokens=st.sampled_from([1, 4, 20, 1000]),
@@ -335,7 +335,7 @@ json_values = st.recursive(
 )
 
 
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=200)
 @given(data=st.data())
 def test_rubbish_in_the_manifest(
     old_dataset: TokenDataset, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject

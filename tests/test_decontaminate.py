@@ -47,7 +47,7 @@ def runs(document: list[int]) -> set[tuple[int, ...]]:
 document = st.lists(st.integers(0, 5), min_size=1, max_size=40)
 
 
-@settings(deadline=None, derandomize=True, max_examples=300)
+@settings(max_examples=300)
 @given(st.lists(document, max_size=5), st.lists(document, min_size=1, max_size=5), st.data())
 def test_against_sets_of_runs(
     evaluated: list[list[int]], documents: list[list[int]], data: st.DataObject

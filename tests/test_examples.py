@@ -78,7 +78,7 @@ def document_at(documents: list[list[int]], tokens: np.ndarray) -> np.ndarray:
 # How pairs are made
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     documents=corpora,
     segments=st.sampled_from(SEGMENTS),
@@ -267,7 +267,7 @@ def test_wrong_b_may_be_any_other_documents(split):
 # Without pairs
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(documents=corpora, segments=st.sampled_from(SEGMENTS), max_length=lengths)
 def test_without_pairs_every_token_is_covered_and_every_document_takes_part(
     documents, segments, max_length
@@ -299,7 +299,7 @@ def test_without_pairs_every_token_is_covered_and_every_document_takes_part(
         np.testing.assert_array_equal(np.unique(covered), np.arange(sum(map(sum, documents))))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(documents=corpora, max_length=lengths, seed=st.integers(0, 2**63 - 1))
 def test_windows_use_every_token_exactly_once_an_epoch(documents, max_length, seed):
     with tempfile.TemporaryDirectory() as folder:

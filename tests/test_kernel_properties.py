@@ -71,7 +71,7 @@ def shapes(draw: st.DrawFn, spec: Spec) -> Shape:
 def test_shapes_around_tiles_keep_the_bound_of_test_kernels(name, examples):
     spec = SPECS[name]
 
-    @settings(max_examples=examples, deadline=None, derandomize=True)
+    @settings(max_examples=examples)
     @given(data=st.data())
     def holds(data: st.DataObject) -> None:
         shape, dtype = data.draw(shapes(spec)), data.draw(st.sampled_from(list(DTYPES)))

@@ -359,7 +359,7 @@ def test_columns_of_parquet_that_are_no_strings(tmp_path):
         read_examples(tmp_path / "x.parquet", "hash", None, "price")
 
 
-@settings(max_examples=300, deadline=None, derandomize=True)
+@settings(max_examples=300)
 @given(
     st.sampled_from([".csv", ".tsv", ".jsonl"]),
     st.binary(max_size=60)

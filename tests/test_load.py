@@ -391,7 +391,7 @@ CONFIG_KEYS = [
 ]
 
 
-@settings(max_examples=300, deadline=None, derandomize=True)
+@settings(max_examples=300)
 @given(
     st.binary(max_size=40)
     | st.dictionaries(st.sampled_from(CONFIG_KEYS), JSON_VALUES).map(
@@ -413,7 +413,7 @@ def test_a_rubbish_config_is_read_or_refused(tmp_path_factory, data):
         )
 
 
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=200)
 @given(st.data())
 def test_rubbish_weights_are_refused(original, tmp_path_factory, data):
     """A valid file is truncated or has changed bytes in its header.

@@ -83,7 +83,7 @@ def test_200_tokens_are_30_selected_24_masked_3_random_3_kept(dataset):
         assert (len(of), masked.sum(), (~masked & ~kept).sum(), kept.sum()) == (30, 24, 3, 3)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     lengths=st.lists(st.integers(1, 70), min_size=1, max_size=12),
     rate=st.sampled_from([0.01, 0.15, 0.4, 1.0]),
@@ -178,7 +178,7 @@ def test_whole_words_are_selected_together(dataset):
 # Functions of the key alone
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     lengths=st.lists(st.integers(1, 40), min_size=1, max_size=10),
     whole_word=st.booleans(),

@@ -85,7 +85,7 @@ class Numbers(Stream):
         return self.stream.draw(numbers)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(
     weights=st.lists(st.integers(0, 50), min_size=2, max_size=6).filter(any),
     seed=st.integers(0, 2**63 - 1),

@@ -165,7 +165,7 @@ def test_another_length_continues_at_the_same_share_of_the_epoch(datasets):
     assert max(p.max_seqlen for p in batches.step(20)) <= 16
 
 
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=5)
 @given(data=st.data())
 def test_any_step_can_be_drawn_alone(datasets, data):
     """A table of a made-up recipe, and a walk that counts examples from the first step on."""

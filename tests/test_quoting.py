@@ -98,7 +98,7 @@ def test_what_cannot_be_known_is_refused(tmp_path):
 ANY = st.text('ab" \t\n,', min_size=1, max_size=8).filter(str.strip)
 
 
-@settings(max_examples=400, deadline=None, derandomize=True)
+@settings(max_examples=400)
 @given(st.lists(ANY, min_size=1, max_size=4), st.booleans(), st.booleans())
 def test_no_table_is_read_wrongly(tmp_path_factory, texts, is_quoted, label_first):
     """Whatever the texts: what was written is read back, or the file is refused."""

@@ -74,7 +74,7 @@ def test_lines_end_sentences() -> None:
     ]
 
 
-@settings(max_examples=300, deadline=None, derandomize=True)
+@settings(max_examples=300)
 @given(
     st.one_of(
         st.text(),
