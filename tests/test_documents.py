@@ -711,8 +711,7 @@ def test_a_document_too_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert sum(1 for _ in read_documents([path], "lines")) == (1 << 20) + 2
 
 
-rubbish = settings(max_examples=150,
-    suppress_health_check=[HealthCheck.function_scoped_fixture])
+rubbish = settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @pytest.mark.parametrize(

@@ -135,7 +135,8 @@ def test_agrees_with_the_reference_in_fp64(name, impl, shape, p, dtype):
 
     Torch adds in another order on each kind of processor, and may be nearly exact by chance. Where
     the bound is exceeded, err(plain torch) is therefore at least the error that the reference has
-    in fp64 if each of its operators rounds up or down by half a unit of the dtype.
+    in fp64 if each of its operators rounds up or down by half a unit of the dtype: the largest of
+    eight draws, as a draw over the few elements of a small shape may be nearly exact by chance too.
     """
     spec = SPECS[name]
     arguments = spec.inputs(shape, DTYPES[dtype], p)
@@ -153,9 +154,12 @@ def test_agrees_with_the_reference_in_fp64(name, impl, shape, p, dtype):
         allowed = 2 * float((plain[key] - truth).abs().max()) + eps * scale
         error = float((ours[key] - truth).abs().max())
         if error > allowed:
-            with Noise(eps / 2, seed=0):
-                rounded = run(spec, arguments, "reference", torch.float64)
-            allowed = 2 * float((rounded[key] - truth).abs().max()) + eps * scale
+            noise = 0.0
+            for seed in range(8):
+                with Noise(eps / 2, seed):
+                    rounded = run(spec, arguments, "reference", torch.float64)
+                noise = max(noise, float((rounded[key] - truth).abs().max()))
+            allowed = 2 * noise + eps * scale
         assert error <= allowed, (
             f"{name} {impl}: {key} is off by {error:.3g}, allowed {allowed:.3g}"
         )

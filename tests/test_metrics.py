@@ -32,7 +32,7 @@ def test_a_fresh_start_empties_the_file_and_a_resume_appends(tmp_path):
     assert list(read_metrics(path)) == []
 
 
-# Not the first bytes of a pointer of git-annex or Git LFS either: such a file is refused as a whole.
+# Nor the first bytes of a pointer of git-annex or Git LFS: such a file is refused as a whole.
 WITHOUT_NEWLINE = (
     st.binary(max_size=9000)
     .map(lambda data: data.replace(b"\n", b""))

@@ -40,8 +40,7 @@ pieces = st.sampled_from(
 )
 
 
-@settings(max_examples=150,
-    suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(pieces, min_size=1, max_size=60).map("".join), st.integers(1, 40))
 @pytest.mark.parametrize("text_format", ["txt", "lines", "jsonl", "wiki"])
 def test_every_document_is_in_one_segment(

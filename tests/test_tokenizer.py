@@ -160,8 +160,7 @@ PIECES += [
 PIECES += ["abcdefgh", "abcdefghi", "abcdefghijklmnop", "abcdefghijklmnopq", "abcdefghijklmnopr"]
 
 
-@settings(max_examples=200,
-    suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.lists(
         st.one_of(st.text(max_size=20), st.lists(st.sampled_from(PIECES), max_size=8).map("".join)),
@@ -358,8 +357,7 @@ def test_no_tokenizer_there(tmp_path: Path) -> None:
         load_tokenizer(tmp_path / "none")
 
 
-@settings(max_examples=150,
-    suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     name=st.sampled_from(["vocab.txt", "tokenizer.json", "tokenizer_config.json"]),
     data=st.one_of(
@@ -380,8 +378,7 @@ def test_rubbish(tmp_path: Path, name: str, data: bytes) -> None:
         assert name in str(error) and "\n" not in str(error)
 
 
-@settings(max_examples=200,
-    suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_rubbish_in_the_json(
     small_dataset: TokenDataset, tmp_path: Path, data: st.DataObject
