@@ -118,6 +118,7 @@ MAY_IMPORT = {
         "fastbert.machine",
         "fastbert.presence",
         "fastbert.training.ds_config",
+        "fastbert_kernels",
     },
     "fastbert.planning.flops": {"fastbert.config"},
     # `fastbert init` times real steps of candidate models.

@@ -9,12 +9,14 @@ import itertools
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from fastbert_kernels import layer_norm
 from fastbert_kernels._dropout import keep_mask, stream_keys
 from fastbert_kernels._dropout_cpu import keep_mask_cpu, stream_keys_cpu
 from fastbert_kernels.attention import cpu as attention_cpu
-from fastbert_kernels.attention import windowed_cpu
+from fastbert_kernels.attention import groups_cpu, windowed_cpu
 from fastbert_kernels.checker.noise import Noise
 from fastbert_kernels.checker.sanitizer import sanitize
 from fastbert_kernels.specs import SPECS
@@ -195,10 +197,35 @@ def test_attention_on_a_cpu_does_not_depend_on_how_many_scores_it_has_at_once(
     shape = {"lengths": [70, 70, 130, 5, 129, 270], "H": 2, "K": 16, "rest": 3}
     arguments = spec.inputs(shape, torch.float64, p) | {"window": window}
     together = run(spec, arguments, "cpu")
-    for module in (attention_cpu, windowed_cpu):
+    for module in (groups_cpu, windowed_cpu):
         monkeypatch.setattr(module, "SCORES", 1)
     torch.testing.assert_close(run(spec, arguments, "cpu"), together)
     torch.testing.assert_close(run(spec, arguments, "reference"), together)
+
+
+@pytest.mark.parametrize("cut", [False, True])
+@pytest.mark.parametrize("p", [0.0, 0.5])
+def test_attention_on_a_cpu_is_the_same_if_short_sequences_share_bins(p, cut, monkeypatch):
+    """As they do in bf16: no key of another sequence is seen, and dropout drops the same."""
+    spec = SPECS["attention"]
+    shape = {"lengths": [30, 64, 0, 130, 5, 128, 17, 100, 1, 63], "H": 2, "K": 16, "rest": 3}
+    arguments = spec.inputs(shape, torch.float64, p)
+    if cut:
+        query_indices = torch.arange(0, len(arguments["k"]), 3)
+        arguments |= {"q": arguments["q"][query_indices], "query_indices": query_indices}
+    apart = run(spec, arguments, "cpu")
+    monkeypatch.setattr(attention_cpu, "_bin_size", lambda dtype: 128)
+    torch.testing.assert_close(run(spec, arguments, "cpu"), apart)
+    torch.testing.assert_close(run(spec, arguments, "reference"), apart)
+
+
+@given(st.lists(st.integers(0, 150), max_size=30), st.sampled_from([0, 64, 128]), st.booleans())
+def test_groups_of_attention_on_a_cpu_hold_every_token_once(lengths, size, dropout):
+    total = sum(lengths)
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+    groups = groups_cpu.groups(cu_seqlens, None, total, total, 2, size, dropout)
+    tokens = [row for group in groups for row in torch.arange(total + 1)[group.key_rows].tolist()]
+    assert sorted(row for row in tokens if row < total) == list(range(total))
 
 
 def test_cut_queries_leave_the_other_outputs_as_they_are():

@@ -12,9 +12,8 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from fastbert.config import BertConfig, ModelConfig, ModernBertConfig
+from fastbert_kernels.attention.groups_cpu import BIN, ROUND, arrange
 
-CPU_SHRINK = 0.85  # attention/cpu.py starts a new group below this share of the group's longest
-CPU_SCORES = 1 << 21  # of a group, at most
 CPU_BLOCK = 64  # queries of a block of attention/windowed_cpu.py, at least
 
 
@@ -122,10 +121,12 @@ def _of_bert(
     score = H * (4 + attention)
     each = w * (4 * D + 2 * F) + 2 * D * hidden + 16  # without x, q, k and v
     full = last = 0.0
-    for longest, sequences in _groups(pack.lengths, H):
-        rows = 1 + pack.masked * longest / max(T, 1)
-        full += sequences * longest * (3 * w * D + score * longest)
-        last += sequences * (longest * 2 * w * D + rows * w * D + rows * score * longest)
+    for longest, bins, sequences in _groups(pack.lengths, H, bf16, attention):
+        rows = pack.masked * longest / max(T, 1) + sequences
+        if sequences > 1:
+            rows = -(-rows // ROUND) * ROUND
+        full += bins * longest * (3 * w * D + score * longest)
+        last += bins * (longest * 2 * w * D + rows * w * D + rows * score * longest)
     full += T * (each + w * D)
     last += R * (each + w * D) + T * w * D
     return (L - 1) * full + last + T * (D * (4 + hidden) + 8) + head + w * vocab_size * (D + 1)
@@ -167,7 +168,7 @@ def _of_modernbert(
             total += (M if last else T) * D * dropped
             window = model.window_of(layer)
             if window is None or window >= max(pack.lengths, default=0) - 1:
-                for longest, count in _groups(pack.lengths, H):
+                for longest, count, _ in _groups(pack.lengths, H, bf16, dropped):
                     queries = M / T * longest if last else longest
                     total += count * (queries + 2 * longest) * w * D
                     total += count * H * (4 + dropped) * queries * longest
@@ -194,13 +195,9 @@ def _blocks(lengths: Sequence[int], window: int, dropped: bool) -> tuple[int, in
     return -(-rows // size) * size, 2 * reach
 
 
-def _groups(lengths: Sequence[int], heads: int) -> list[tuple[int, int]]:
-    """Return the longest and the number of sequences of each group of attention/cpu.py."""
-    groups: list[tuple[int, int]] = []
-    for n in sorted(lengths, reverse=True):
-        longest, count = groups[-1] if groups else (0, 0)
-        if n >= CPU_SHRINK * longest > 0 and (count + 1) * heads * longest**2 <= CPU_SCORES:
-            groups[-1] = (longest, count + 1)
-        else:
-            groups.append((n, 1))
-    return groups
+def _groups(
+    lengths: Sequence[int], heads: int, bf16: bool, dropped: bool
+) -> list[tuple[int, int, int]]:
+    """Return the longest bin of each group of attention/cpu.py, its bins, and sequences of one."""
+    found = arrange(sorted(lengths, reverse=True), heads, BIN if bf16 else 0, dropped)
+    return [(longest, len(bins), max(map(len, bins))) for longest, bins in found]
