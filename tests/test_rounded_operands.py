@@ -78,7 +78,8 @@ def test_attention_in_bf16_is_about_as_exact_as_torchs_own(window, strength, mon
 
     The scores are as even as those of a new model, or as uneven as those of a trained one.
     """
-    monkeypatch.setattr(attention_cpu, "_FEWEST_MULTIPLICATIONS", 0)
+    monkeypatch.setattr(attention_cpu, "_FEWEST_IN_GROUPS", 0)
+    monkeypatch.setattr(attention_cpu, "FEWEST_MULTIPLICATIONS", 0)
     monkeypatch.setattr(windowed_cpu, "FEWEST_MULTIPLICATIONS", 0)
     monkeypatch.setattr(products_cpu, "has_bf16_instructions", lambda: True)
     heads, n, size, sequences = 4, 96, 32, 3
