@@ -4,6 +4,7 @@ A bin is one sequence, or several short ones that do not see each other. Bins of
 take more multiplications and fewer, larger operations, of shapes that come again in every pack.
 """
 
+import itertools
 from collections.abc import Sequence
 from operator import itemgetter
 from typing import NamedTuple
@@ -62,40 +63,47 @@ def groups(
     lengths, query_lengths = bounds.diff(), query_bounds.diff()
     order = lengths.argsort(descending=True, stable=True)
     order = order[query_lengths[order] > 0]
-    starts, lengths = bounds[order], lengths[order]
-    query_starts, query_lengths = query_bounds[order], query_lengths[order]
-    tokens: list[int] = lengths.tolist()  # type: ignore[type-arg]
-    queries: list[int] = query_lengths.tolist()  # type: ignore[type-arg]
-    rooms = [_room(n, dropout) for n in tokens]
-    found: list[Group] = []
-    for width, mine in arrange(tokens, heads, size, dropout):
-        several = any(len(own) > 1 for own in mine)
-        query_width = max(sum(queries[i] for i in own) for own in mine)
-        if several:  # shapes that come again
-            query_width = width if query_indices is None else -(-query_width // ROUND) * ROUND
-        numbers = torch.tensor([i for own in mine for i in own])
-        places = _places(mine, rooms, width)
-        key_rows, key_of = _spread(
-            starts[numbers], lengths[numbers], places, len(mine) * width, total
-        )
-        query_rows, query_of = _spread(
-            query_starts[numbers],
-            query_lengths[numbers],
-            _places(mine, queries, query_width),
-            len(mine) * query_width,
-            rows,
-        )
-        keys, asking = key_of.view(-1, 1, width), query_of.view(-1, query_width, 1)
-        # Padding sees everything, so that no softmax is empty.
-        hidden = (keys != asking) & (asking >= 0) if several else keys < 0
-        mask = first_columns = None
-        if hidden.any():
-            mask = torch.zeros(hidden.shape).masked_fill_(hidden, float("-inf"))
-        if several and dropout:
-            first_columns = -(places % width)[query_of].to(torch.int32)
-        padding = (query_of < 0).nonzero()[:, 0]
-        found.append(Group(query_rows, padding, key_rows, mask, first_columns, len(mine), several))
-    return found
+    keys = _Side(bounds[order], lengths[order].tolist(), total)
+    queries = _Side(query_bounds[order], query_lengths[order].tolist(), rows)
+    return [
+        _group(bins, width, keys, queries, query_indices is not None, dropout)
+        for width, bins in arrange(keys.lengths, heads, size, dropout)
+    ]
+
+
+class _Side(NamedTuple):
+    """The sequences of q, or of k and v, longest first."""
+
+    starts: Tensor  # int64 [sequences], rows of the pack
+    lengths: list[int]
+    spare: int  # the row that padding points at
+
+
+def _group(
+    bins: list[list[int]], width: int, keys: _Side, queries: _Side, cut: bool, dropout: bool
+) -> Group:
+    """Build a group of bins of `width` tokens; with `cut`, not all tokens have a query."""
+    several = any(len(own) > 1 for own in bins)
+    rooms = [[_room(keys.lengths[i], dropout) for i in own] for own in bins]
+    asked = [[queries.lengths[i] for i in own] for own in bins]
+    query_width = max(map(sum, asked))
+    if several:  # shapes that come again
+        query_width = -(-query_width // ROUND) * ROUND if cut else width
+    numbers = [i for own in bins for i in own]
+    places = _places(rooms, width)
+    key_rows, key_of = _spread(keys, numbers, places, len(bins) * width)
+    query_places = _places(asked, query_width)
+    query_rows, query_of = _spread(queries, numbers, query_places, len(bins) * query_width)
+    seen_by, asking = key_of.view(-1, 1, width), query_of.view(-1, query_width, 1)
+    # Padding sees everything, so that no softmax is empty.
+    hidden = (seen_by != asking) & (asking >= 0) if several else seen_by < 0
+    mask = first_columns = None
+    if hidden.any():
+        mask = torch.zeros(hidden.shape).masked_fill_(hidden, float("-inf"))
+    if several and dropout:
+        first_columns = -(places % width)[query_of].to(torch.int32)
+    padding = (query_of < 0).nonzero()[:, 0]
+    return Group(query_rows, padding, key_rows, mask, first_columns, len(bins), several)
 
 
 def arrange(
@@ -147,28 +155,27 @@ def _in_bins(rooms: list[int], size: int) -> list[list[int]]:
     return bins
 
 
-def _places(bins: list[list[int]], rooms: list[int], width: int) -> Tensor:
-    """Return where each sequence begins, int64 [sequences], in bins of `width` rows in a row."""
+def _places(rooms: list[list[int]], width: int) -> Tensor:
+    """Return where each sequence begins, int64 [sequences], from the rooms of those in each bin."""
     places: list[int] = []
-    for index, own in enumerate(bins):
-        place = index * width
-        for number in own:
-            places.append(place)
-            place += rooms[number]
+    for index, own in enumerate(rooms):
+        places += itertools.accumulate(own[:-1], initial=index * width)
     return torch.tensor(places)
 
 
 def _spread(
-    starts: Tensor, lengths: Tensor, places: Tensor, size: int, spare: int
+    side: _Side, numbers: list[int], places: Tensor, size: int
 ) -> tuple[Tensor | slice, Tensor]:
-    """Return the rows of a group, and the sequences that they belong to, int64 [size].
+    """Return the rows of a group, and the sequence of each, as its place in `numbers`.
 
-    Padding is the row `spare`, of sequence -1.
+    Both are int64 [size]. Padding is the spare row, of sequence -1.
     """
-    if len(starts) == 1 and int(lengths) == size:
+    starts = side.starts[torch.tensor(numbers)]
+    lengths = torch.tensor([side.lengths[i] for i in numbers])
+    if len(numbers) == 1 and int(lengths) == size:
         return slice(int(starts), int(starts) + size), torch.zeros(size, dtype=torch.int64)
-    sequence = torch.repeat_interleave(torch.arange(len(starts)), lengths)
+    sequence = torch.repeat_interleave(torch.arange(len(numbers)), lengths)
     column = torch.arange(len(sequence)) - (lengths.cumsum(0) - lengths)[sequence]
     where = places[sequence] + column
-    rows = torch.full((size,), spare).index_copy_(0, where, starts[sequence] + column)
+    rows = torch.full((size,), side.spare).index_copy_(0, where, starts[sequence] + column)
     return rows, torch.full((size,), -1).index_copy_(0, where, sequence)
