@@ -58,9 +58,10 @@ from fastbert.heap import keep_heap
 from fastbert.models.build import build_model
 from fastbert.models.heads import losses
 from fastbert.planning.activations import MicroBatchSize, activation_bytes
-from fastbert.planning.memory import memory_by_part
+from fastbert.planning.memory import Sharding, memory_by_part
 from fastbert.planning.plan import (
     Device,
+    Hardware,
     communication_per_step,
     compute_seconds,
     plan,
@@ -270,8 +271,8 @@ def memory_row(case: Case, device: torch.device) -> Row:
     kernels = "triton" if device.type == "cuda" else "cpu"
     counted, pack, world = count_memory(case, device)
     config, V, always = case.config, case.sizes.vocab_size, ("weights", "master weights", "moments")
-    settings = {"stage": case.stage, "bf16": case.bf16, "kernels": kernels, "zero": case.zero}
-    said = memory_by_part(config, V, pack, micro_batches=case.micro_batches, gpus=world, **settings)
+    packs, sharding = [pack] * case.micro_batches, Sharding(case.stage, world, case.zero)
+    said = memory_by_part(config, V, packs, sharding, bf16=case.bf16, kernels=kernels)
     said["context"] = 0.0
     # At the peak, which need not be a moment when all of them exist.
     kept = min(said["activations"], counted["activations"])
@@ -335,7 +336,8 @@ def communication_rows() -> list[Row]:
     for found in recorded_communication():
         P, N = 1_000_000, found["ranks"]
         _, zero = VARIANTS[found["variant"]]
-        sent = communication_per_step(P, N, found["stage"], found["micro_batches"], 1, zero)
+        sharding = Sharding(found["stage"], N, zero)
+        sent = communication_per_step(P, sharding, found["micro_batches"], 1)
         predicted, least = (count / (P * (N - 1) / N) for count in sent)
         rows.append(
             {
@@ -368,11 +370,11 @@ def step_row(case: Case, steps: int) -> Row:
             if number >= 2:
                 times.append(time.perf_counter() - start)
                 parts = compute_seconds(
-                    case.config.model,
+                    case.config,
                     case.sizes.vocab_size,
                     packs,
                     machine,
-                    stage=case.stage,
+                    Sharding(case.stage),
                     bf16=case.bf16,
                     on_cpu=True,
                 )
@@ -543,16 +545,13 @@ def published_row(run: Published) -> Row:
             f'deepspeed = "{ROOT / "fastbert/recipes/ds_config.json"}"\n',
             run.what,
         )
-        device = V100 if run.gpu == "v100" else None
         found = plan(
             config,
             run.what,
-            run.gpus,
-            run.gpu,
+            Hardware(run.gpu, run.gpus, V100 if run.gpu == "v100" else None),
             stage=run.stage,
             vocab_size=run.vocab_size,
             mean_length=length,
-            device=device,
         )
         return sequences / run.sequences * found.step_s
 
