@@ -9,14 +9,8 @@ import pytest
 import torch
 
 from benchmarks.planning import bench_plan
-from benchmarks.planning.bench_plan import (
-    FUSED,
-    QUICK,
-    UNFUSED,
-    memory_row,
-    published_row,
-    recorded_communication,
-)
+from benchmarks.planning.bench_plan import QUICK, memory_row, recorded_communication
+from benchmarks.planning.published_runs import FUSED, UNFUSED, published_row
 from benchmarks.step.communication import VARIANTS
 from fastbert.planning.memory import Sharding
 from fastbert.planning.plan import communication_per_step
