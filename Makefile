@@ -1,4 +1,5 @@
-# From an empty machine to a trained model: run `make` to list all targets. Finished steps are skipped.
+# From an empty machine to a trained model. Run `make` to list all targets. Finished steps are
+# skipped.
 
 SHELL := /bin/bash
 .SHELLFLAGS := -e -o pipefail -c
@@ -12,16 +13,18 @@ PIP := $(BIN)/pip --disable-pip-version-check install -qq
 OUT := $(or $(OUT),runs/bench-$(shell date +%Y%m%d-%H%M%S))
 # One worker more than there are cores, since many tests wait for processes that they have started.
 # With .pyc files each worker, and each process of a test, starts in half the time.
-PYTEST = env -u PYTHONDONTWRITEBYTECODE $(BIN)/pytest -q -n $(shell echo $$(($$(nproc) + 1))) --maxprocesses 8 --dist loadfile --no-loadscope-reorder
-RUN_BENCHMARKS = PYTHONPATH=.:kernels $(BIN)/python -m benchmarks
+PYTEST = env -u PYTHONDONTWRITEBYTECODE $(BIN)/pytest -q -n $(shell echo $$(($$(nproc) + 1))) \
+    --maxprocesses 8 --dist loadfile --no-loadscope-reorder
+# Our modules that are not installed, such as the benchmarks.
+RUN = PYTHONPATH=.:kernels $(BIN)/python -m
 
 # One thread for each worker of pytest.
 test test-all: export OMP_NUM_THREADS := 1
 
-heading = @printf '\n==> %s\n' "$(1)"
+heading = @printf '\n==> %s\n'
 
 define finished
-$(call heading,Done. What is there to see:)
+$(heading) "Done. What is there to see:"
 @echo "  picture of the loss    $(1)/loss.png"
 @echo "  held-out loss          $(1)/evaluate.txt"
 @echo "  filled-in sentences    $(1)/samples.txt"
@@ -29,152 +32,185 @@ $(call heading,Done. What is there to see:)
 @echo "To start over: rm -r $(1)"
 endef
 
-.PHONY: help install demo library test test-all torture mutants check docs bench bench-check bench-step bench-quality bench-downstream speedrun gpu clean
+.PHONY: help install demo library test test-all torture mutants check docs bench bench-check \
+    bench-step bench-quality bench-downstream speedrun gpu clean
 
-help: ## list these targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' Makefile
+## list these targets
+help:
+	@awk -F : '/^## / {text = text substr($$0, 3); next} \
+	    text {printf "  make %-16s%s\n", $$1, text; text = ""}' Makefile
 
-install: .venv/.installed ## create .venv and install fastbert in it
+## create .venv and install fastbert in it
+install: .venv/.installed
 
-demo: runs/demo/export/config.json ## train a small model from text and export it for transformers; under 8 minutes on 2 cores
+## train a small model from text and export it for transformers; under 8 minutes on 2 cores
+demo: runs/demo/export/config.json
 	$(call finished,runs/demo)
 
-library: runs/library/export/config.json ## the same with a larger model on all prose found in Python packages; 95 minutes on 2 cores
+## the same with a larger model on all prose found in Python packages; 95 minutes on 2 cores
+library: runs/library/export/config.json
 	$(call finished,runs/library)
 
-test: .venv/.installed-test ## the tests that a change is likely to break, on all cores, in minutes
+## the tests that a change is likely to break, on all cores, in minutes
+test: .venv/.installed-test
 	@$(PYTEST) -m "not slow"
 
-test-all: .venv/.installed-test ## all tests, including long kill tests, many ranks, several nodes and complete tables
+## all tests, including long kill tests, many ranks, several nodes and complete tables
+test-all: .venv/.installed-test
 	@$(PYTEST)
 
-torture: .venv/.installed-test ## 200 kills, 1,000 flipped bits, lost nodes: runs must resume with the same losses; takes an hour
+## 200 kills, 1,000 flipped bits, lost nodes: runs must resume with the same losses; takes an hour
+torture: .venv/.installed-test
 	@$(BIN)/python -m tests.torture
 
-mutants: .venv/.installed-test ## plant 72 faults, one at a time, and report which of them `make test` notices
+## plant 72 faults, one at a time, and report which of them `make test` notices
+mutants: .venv/.installed-test
 	@$(BIN)/python -m tests.mutants
 
-check: .venv/.installed-lint ## lint, format and types only
+## lint, format and types only
+check: .venv/.installed-lint
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/pyright --pythonpath $(BIN)/python
 
-docs: .venv/.installed-docs ## build the documentation into site/, with warnings as errors
+## build the documentation into site/, with warnings as errors
+docs: .venv/.installed-docs
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 	@echo "site/index.html: open it in a browser. The search needs a server: $(BIN)/mkdocs serve"
 
-bench: .venv/.installed-test | data/wiki/manifest.json ## all benchmarks that need no GPU, in 15 minutes; report in OUT=folder
-	@$(RUN_BENCHMARKS) --out $(OUT)
+## all benchmarks that need no GPU, in 15 minutes; report in OUT=folder
+bench: .venv/.installed-test | data/wiki/manifest.json
+	@$(RUN) benchmarks --out $(OUT)
 
-bench-check: .venv/.installed-test | data/wiki/manifest.json ## the same, and check that no ratio fell below 0.85 of the recorded one for this kind of machine
-	@$(RUN_BENCHMARKS) --out $(OUT)
-	@PYTHONPATH=.:kernels $(BIN)/python -m benchmarks.check $(OUT)
+## the same, and check that no ratio fell below 0.85 of the recorded one for this kind of machine
+bench-check: .venv/.installed-test | data/wiki/manifest.json
+	@$(RUN) benchmarks --out $(OUT)
+	@$(RUN) benchmarks.check $(OUT)
 
-bench-step: .venv/.installed-test | data/wiki/manifest.json ## only the training step, against transformers' BertForPreTraining
-	@PYTHONPATH=.:kernels $(BIN)/python -m benchmarks.step.bench_step data/wiki
+## only the training step, against transformers' BertForPreTraining
+bench-step: .venv/.installed-test | data/wiki/manifest.json
+	@$(RUN) benchmarks.step.bench_step data/wiki
 
-bench-quality: .venv/.installed-test | data/wiki/manifest.json ## time to quality against transformers' Trainer; takes half an hour on 2 cores
-	@PYTHONPATH=.:kernels $(BIN)/python -m benchmarks.quality.bench_quality data/wiki --out $(OUT)
+## time to quality against transformers' Trainer; takes half an hour on 2 cores
+bench-quality: .venv/.installed-test | data/wiki/manifest.json
+	@$(RUN) benchmarks.quality.bench_quality data/wiki --out $(OUT)
 
-bench-downstream: .venv/.installed-test | data/library-8192/manifest.json ## does pre-training pay off? two tasks, including runs/library if it exists; takes hours
-	@PYTHONPATH=.:kernels $(BIN)/python -m benchmarks.quality.bench_downstream data/labelled --data data/library-8192 --out $(OUT) \
+## does pre-training pay off? two tasks, including runs/library if it exists; takes hours
+bench-downstream: .venv/.installed-test | data/library-8192/manifest.json
+	@$(RUN) benchmarks.quality.bench_downstream data/labelled \
+	    --data data/library-8192 --out $(OUT) \
 	    $(if $(wildcard runs/library/finished),--beside runs/library)
 
-speedrun: .venv/.installed-test | data/wiki/manifest.json ## the speed record: seconds on 2 cores to a loss of 4.0 on [MASK], three seeds
-	@PYTHONPATH=.:kernels $(BIN)/python -m speedrun
+## the speed record: seconds on 2 cores to a loss of 4.0 on [MASK], three seeds
+speedrun: .venv/.installed-test | data/wiki/manifest.json
+	@$(RUN) speedrun
 
-gpu: ## everything that needs a GPU, in 10 minutes, with the torch, Triton and pytest of PYTHON; results are saved as they come; report in OUT=folder
+## everything that needs a GPU, in 10 minutes, with the torch, Triton and pytest of PYTHON; results
+## are saved as they come; report in OUT=folder
+gpu:
 	@PYTHONPATH=.:kernels $(PYTHON) -m benchmarks.gpu --out $(OUT)
 
-clean: ## remove .venv and caches, but keep data/ and runs/
+## remove .venv and caches, but keep data/ and runs/
+clean:
 	rm -rf .venv build dist site .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
-# The environment. torch first and exactly, since an open range takes the newest build, which is several GB.
+# The environment. torch first and exactly, since an open range takes the newest build, which is
+# several GB.
 
 .venv/.installed: pyproject.toml kernels/pyproject.toml
 	@missing=; \
 	if ! $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then \
 	    missing+=", Python 3.10 or newer as '$(PYTHON)' (make PYTHON=... takes another)"; \
-	elif ! $(PYTHON) -c 'import ensurepip, venv' 2>/dev/null; then missing+=", Python's venv module"; fi; \
+	elif ! $(PYTHON) -c 'import ensurepip, venv' 2>/dev/null; then \
+	    missing+=", Python's venv module"; \
+	fi; \
 	command -v g++ >/dev/null || missing+=", g++"; \
-	[ -z "$$missing" ] || { echo "missing: $${missing:2}. On Debian or Ubuntu: apt-get install python3-venv g++" >&2; exit 1; }
-	$(call heading,Environment: .venv with torch 2.13.0 and fastbert (about a minute$(comma) more on a slow network))
+	if [ -n "$$missing" ]; then \
+	    echo "missing: $${missing:2}. On Debian or Ubuntu: apt-get install python3-venv g++" >&2; \
+	    exit 1; \
+	fi
+	$(heading) "Environment: .venv with torch 2.13.0 and fastbert \
+	(about a minute, more on a slow network)"
 	@$(PYTHON) -m venv .venv
 	@$(PIP) torch==2.13.0
 	@$(PIP) --editable ./kernels --editable . # in one call, so that pip takes the kernels from here
 	@touch $@
 
 .venv/.installed-lint: .venv/.installed
-	$(call heading,Environment: ruff$(comma) pyright and what they read)
+	$(heading) "Environment: ruff, pyright and what they read"
 	@$(PIP) --editable '.[lint]'
 	@touch $@
 
+# The second Triton is one with which a test compiles every kernel, too.
 .venv/.installed-test: .venv/.installed
-	$(call heading,Environment: what the tests need)
+	$(heading) "Environment: what the tests need"
 	@$(PIP) --editable '.[test]' # which contains what lint needs
-	@$(PIP) --upgrade --no-deps --target .venv/triton-oldest triton==3.6.0 # a test compiles every kernel with it, too
+	@$(PIP) --upgrade --no-deps --target .venv/triton-oldest triton==3.6.0
 	@touch .venv/.installed-lint $@
 
 .venv/.installed-docs: .venv/.installed
-	$(call heading,Environment: what builds the documentation)
+	$(heading) "Environment: what builds the documentation"
 	@$(PIP) --editable '.[docs]'
 	@touch $@
 
-# The runs, each by the recipe of its name. A step whose file exists is skipped. `|` means that only the existence of a file counts,
-# not its age.
+# The runs, each by the recipe of its name. A step whose file exists is skipped. `|` means that only
+# the existence of a file counts, not its age.
 
 data/wiki.jsonl: | .venv/.installed
-	$(call heading,Text: 10$(comma)033 articles of English Wikipedia$(comma) pinned and checked$(comma) CC BY-SA 4.0)
+	$(heading) "Text: 10,033 articles of English Wikipedia, pinned and checked, CC BY-SA 4.0"
 	@$(BIN)/python examples/encyclopedia.py $@
 
 data/wiki/manifest.json: | data/wiki.jsonl
-	$(call heading,Prepare: text to a vocabulary and token ids)
+	$(heading) "Prepare: text to a vocabulary and token ids"
 	@$(FASTBERT) prepare data/wiki.jsonl --out data/wiki --vocab-size 4096 --heldout 0.05
 
 data/labelled/pretrain.jsonl: | data/wiki.jsonl
-	$(call heading,Labelled texts: topics of these articles$(comma) and film reviews)
+	$(heading) "Labelled texts: topics of these articles, and film reviews"
 	@$(BIN)/python examples/labelled_texts.py data/wiki.jsonl data/labelled
 
 data/library.jsonl: | data/labelled/pretrain.jsonl
-	$(call heading,Text: 39 MB of prose: articles$(comma) speeches$(comma) the Brown corpus$(comma) the Bible$(comma) a dictionary; pinned and checked)
+	$(heading) "Text: 39 MB of prose: articles, speeches, the Brown corpus, the Bible, \
+	a dictionary; pinned and checked"
 	@$(BIN)/python examples/library.py data/labelled $@
 
 data/library-%/manifest.json: | data/library.jsonl
-	$(call heading,Prepare: text to a vocabulary of $* and token ids)
+	$(heading) "Prepare: text to a vocabulary of $* and token ids"
 	@$(FASTBERT) prepare data/library.jsonl --out data/library-$* --vocab-size $* --heldout 0.02
 
 runs/demo/finished: | data/wiki/manifest.json
 runs/library/finished: | data/library-16384/manifest.json
 
 runs/%/finished:
-	$(call heading,Pretrain by fastbert/recipes/$*.toml; Ctrl-C saves$(comma) and make $* resumes from there)
+	$(heading) "Pretrain by fastbert/recipes/$*.toml; Ctrl-C saves, and make $* resumes from there"
 	@resume=; if [ -e runs/$*/.owner ]; then resume=--resume; fi; \
 	$(FASTBERT) pretrain fastbert/recipes/$*.toml $$resume
 	@touch $@
 
 runs/%/evaluate.txt: | runs/%/finished
-	$(call heading,Evaluate: on text that was held out)
+	$(heading) "Evaluate: on text that was held out"
 	@$(FASTBERT) evaluate runs/$* | tee $@
 
 runs/%/samples.txt: | runs/%/evaluate.txt
-	$(call heading,Fill and nsp: sentences chosen before the model was there)
+	$(heading) "Fill and nsp: sentences chosen before the model was there"
 	@fill() { $(FASTBERT) fill-mask runs/$* "$$1"; }; \
 	pair() { $(FASTBERT) nsp runs/$* "$$1" "$$2"; echo; }; \
 	{ fill "The United [MASK] of America is a country in North America."; \
 	  fill "She was born [MASK] 1867 in Warsaw, the capital of Poland."; \
 	  fill "It is one of the [MASK] important works of the 19th century."; \
 	  fill "The river flows through the [MASK] of Germany and Austria."; \
-	  pair "The lion is a large cat native to Africa and India." "It has a muscular body, a short head and round ears."; \
-	  pair "The lion is a large cat native to Africa and India." "The party won a majority of seats in the election."; \
-	  pair "The Danube is a river in Central Europe." "It flows through Austria and Hungary to the Black Sea."; \
-	  pair "The Danube is a river in Central Europe." "She released her first studio album in 1994."; \
+	  pair "The lion is a large cat native to Africa and India." \
+	    "It has a muscular body, a short head and round ears."; \
+	  pair "The lion is a large cat native to Africa and India." \
+	    "The party won a majority of seats in the election."; \
+	  pair "The Danube is a river in Central Europe." \
+	    "It flows through Austria and Hungary to the Black Sea."; \
+	  pair "The Danube is a river in Central Europe." \
+	    "She released her first studio album in 1994."; \
 	} | tee $@
 
 runs/%/export/config.json: | runs/%/samples.txt
-	$(call heading,Export: a Hugging Face folder$(comma) compared with our own logits)
+	$(heading) "Export: a Hugging Face folder, compared with our own logits"
 	@$(FASTBERT) export runs/$* --out runs/$*/export
 
 .SECONDARY: # keeps what stands between the steps
-
-comma := ,

@@ -886,7 +886,7 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Estimate memory, step time, communication, duration and cost of a run from formulas."""
-    from fastbert.planning.plan import CPU, describe, plan, this_machine
+    from fastbert.planning.plan import CPU, Hardware, describe, plan, this_machine
     from fastbert.recipe import load_config
 
     config, on_cpu = load_config(recipe, overrides or ()), gpu.lower() == CPU
@@ -894,18 +894,14 @@ def plan(
         from fastbert.training.initial import open_initial, with_sizes
 
         config = with_sizes(config, open_initial(config.init).config, recipe)
-    p = plan(
-        config,
-        recipe,
-        gpus if gpus is not None else 1 if on_cpu else 8,
+    hardware = Hardware(
         gpu,
-        stage=stage,
-        efficiency=efficiency,
-        vocab_size=vocab_size,
-        mean_length=mean_length,
-        price=price,
-        device=this_machine() if on_cpu else None,
+        gpus if gpus is not None else 1 if on_cpu else 8,
+        this_machine() if on_cpu else None,
+        efficiency,
+        price,
     )
+    p = plan(config, recipe, hardware, stage=stage, vocab_size=vocab_size, mean_length=mean_length)
     if as_json:
         return print_json(dataclasses.asdict(p))
     print_table(

@@ -134,12 +134,14 @@ FAULTS = [
         "position_ids > np.repeat(a_length, lengths)",
     ),
     Fault(PACKING, "np.arange(total) - np.repeat(starts, lengths)", "np.arange(total)"),
-    Fault(PACKING, "torch.from_numpy(slots[selected])", "torch.from_numpy(selected)"),
+    Fault(BATCHES, "torch.from_numpy(slots[chosen])", "torch.from_numpy(chosen)"),
     Fault(BATCHES, "(step - stretch.first) * stretch.sequences", "(step - stretch.first)"),
     Fault(BATCHES, "bins[rank::ranks]", "bins[::ranks]"),
     Fault(BATCHES, "(spans.labels >= 0).sum()", "(spans.labels > 0).sum()"),
     Fault(BATCHES, "if max(loads)[0] <= limit:", "if True:"),
-    Fault(BATCHES, "labels=tokens[chosen]", "labels=seen[chosen]"),
+    Fault(
+        BATCHES, "labels=torch.from_numpy(tokens[chosen])", "labels=torch.from_numpy(seen[chosen])"
+    ),
     # The model and its losses
     Fault(HEADS, "return self.mlm + self.nsp", "return self.mlm"),
     Fault(BERT, "max(batch.masked_total, 1)", "max(len(batch.labels), 1)"),

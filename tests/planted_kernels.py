@@ -9,7 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
-from benchmarks.compiled.ahead_of_time import AotSignature, compile_all, faults
+from benchmarks.compiled.ahead_of_time import compile_all, faults
+from benchmarks.compiled.signatures import AotSignature
 
 
 @triton.jit

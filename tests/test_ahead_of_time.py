@@ -19,6 +19,7 @@ from benchmarks.compiled.ahead_of_time import (
     faults,
     recorded_table,
 )
+from benchmarks.compiled.signatures import training_calls
 from fastbert_kernels.checker.machine_code import DEVICES, UNTRACED, global_loads, programs
 from fastbert_kernels.specs import SPECS
 from tests.uninterpreted import run_module
@@ -65,7 +66,7 @@ def test_one_form_of_each_kernel_is_no_worse_than_on_record():
 
 
 def test_every_operation_is_compiled_as_training_calls_it():
-    assert {case.operation for case in ahead_of_time.training_calls()} == set(SPECS)
+    assert {case.operation for case in training_calls()} == set(SPECS)
 
 
 def test_signatures_are_those_that_triton_compiles_for():

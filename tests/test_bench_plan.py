@@ -9,15 +9,10 @@ import pytest
 import torch
 
 from benchmarks.planning import bench_plan
-from benchmarks.planning.bench_plan import (
-    FUSED,
-    QUICK,
-    UNFUSED,
-    memory_row,
-    published_row,
-    recorded_communication,
-)
+from benchmarks.planning.bench_plan import QUICK, memory_row, recorded_communication
+from benchmarks.planning.published_runs import FUSED, UNFUSED, published_row
 from benchmarks.step.communication import VARIANTS
+from fastbert.planning.memory import Sharding
 from fastbert.planning.plan import communication_per_step
 from tests.tiers import slow
 
@@ -44,7 +39,8 @@ def test_memory_is_within_a_tenth_of_counted_tensors(case):
 def test_communication_is_what_deepspeed_was_seen_to_ask_for(row):
     P, N = 1000, row["ranks"]
     _, zero = VARIANTS[row["variant"]]
-    sent, least = communication_per_step(P, N, row["stage"], row["micro_batches"], 4, zero)
+    sharding = Sharding(row["stage"], N, zero)
+    sent, least = communication_per_step(P, sharding, row["micro_batches"], 4)
     one_pass = P * 4 * (N - 1) / N
     assert sent / one_pass == pytest.approx(row["asked"], rel=0.03)
     assert least / one_pass == pytest.approx(

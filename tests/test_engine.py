@@ -20,7 +20,6 @@ from fastbert.cluster.group import join
 from fastbert.config import BatchConfig, BertConfig, OptimizerConfig, RunConfig
 from fastbert.data.batches import Batches, heldout_batches
 from fastbert.data.dataset import TokenDataset
-from fastbert.machine import probe_bf16
 from fastbert.models.build import build_model
 from fastbert.models.heads import losses
 from fastbert.training.ds_config import DeepSpeedSettings
@@ -264,9 +263,7 @@ def test_clipping(small_dataset, packs, gradient, stage):
 
 
 @pytest.fixture(scope="module")
-def bf16() -> str:
-    if not (probe := probe_bf16()).right:
-        pytest.skip(probe.why)
+def bf16(bf16_products) -> str:
     return "bf16"
 
 

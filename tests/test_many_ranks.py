@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from fastbert.data.batches import Batches
-from fastbert.machine import probe_bf16
 from fastbert.models.bert import BertForPreTraining
 from fastbert.models.heads import losses
 from fastbert.recipe import load_config
@@ -165,12 +164,9 @@ def leg(trial: Trial, world: int, until: int, parameters: str = "fp32") -> Trial
 
 @pytest.mark.slow
 @pytest.mark.parametrize("legs", LEGS)
-def test_a_run_may_change_its_ranks_stage_and_precision(lab, constant, rounding, legs):
-    if (
-        any(precision == "bf16" for *_, precision in LEGS[legs])
-        and not (probe := probe_bf16()).right
-    ):
-        pytest.skip(probe.why)
+def test_a_run_may_change_its_ranks_stage_and_precision(lab, constant, rounding, legs, request):
+    if any(precision == "bf16" for *_, precision in LEGS[legs]):
+        request.getfixturevalue("bf16_products")
     trial, tolerance = lab.trial(*CONSTANT), rounding
     for i, (world, stage, precision) in enumerate(LEGS[legs]):
         trial.set_stage(stage)

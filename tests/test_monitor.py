@@ -79,7 +79,7 @@ def take_step(to: Monitor, step: int, loss: float = FIRST, **changes) -> None:
 @pytest.mark.parametrize("name", LOSSES)
 def test_every_loss_of_an_objective_is_reported(name):
     """LOSSES comes from the words of `objective.kind`; the message names the file to change."""
-    assert name in [f.name for f in fields(Losses)], f"models/bert.py: Losses has no {name}"
+    assert name in [f.name for f in fields(Losses)], f"models/heads.py: Losses has no {name}"
     masked = Masked(1, 2.0, 0.5, 0.5, 3.0, 3.0)
     evaluated = Evaluation(masked, Pairs(1, 0.7, 0.5), {}, {}, {}, 1, 9, {}).flat()
     page = (Path(__file__).parents[1] / "docs/reference/run-folder.md").read_text("utf-8")

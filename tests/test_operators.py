@@ -275,12 +275,12 @@ def test_under_autocast_the_gradient_of_the_vocabulary_is_a_sum_in_fp32():
         assert (gradients[key] != gradients[key].bfloat16()).float().mean() > 0.9
 
 
-@pytest.mark.parametrize(("name", "impl"), EVERY)
+@pytest.mark.parametrize(
+    ("name", "impl"), [(name, impl) for name, impl in EVERY if SPECS[name].differentiable[1:]]
+)
 def test_outside_autocast_mixed_dtypes_are_refused_by_name(name, impl):
     """One argument of each operation sets the dtype; if it changes, the others are refused."""
     spec, leaders = SPECS[name], []
-    if len(spec.differentiable) == 1:
-        pytest.skip("there are no others")
     for changed in spec.differentiable:
         arguments = inputs(name, torch.bfloat16)
         arguments[changed] = arguments[changed].half()

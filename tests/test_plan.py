@@ -7,7 +7,7 @@ import json
 import math
 import re
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -29,12 +29,13 @@ from fastbert.planning.flops import (
     training_flops,
     visible_pairs,
 )
-from fastbert.planning.memory import memory_by_part
+from fastbert.planning.memory import Sharding, memory_by_part
 from fastbert.planning.parameters import count_hidden, count_parameters
 from fastbert.planning.plan import (
     EFFICIENCY,
     GPUS,
     Device,
+    Hardware,
     Plan,
     communication_per_step,
     compute_seconds,
@@ -151,15 +152,8 @@ def test_memory_by_stage_is_that_of_the_zero_paper():
     config = recipe()
     P = count_parameters(config.model, 30522)
     for stage, published in enumerate([120, 31.4, 16.6, 1.9]):
-        parts = memory_by_part(
-            config,
-            30522,
-            SHORT,
-            micro_batches=4,
-            gpus=64,
-            stage=stage,
-            zero={"stage3_max_live_parameters": 0},
-        )
+        sharding = Sharding(stage, 64, {"stage3_max_live_parameters": 0})
+        parts = memory_by_part(config, 30522, [SHORT] * 4, sharding)
         states = sum(parts[name] for name in STATES)
         if stage == 0:
             # The paper's table has master weights here. torch's own optimizer, which runs at
@@ -171,20 +165,20 @@ def test_memory_by_stage_is_that_of_the_zero_paper():
 def test_stage_3_holds_all_weights_where_it_keeps_them_gathered():
     P = count_parameters(recipe().model, 30522)
     kept, dropped = (
-        memory_by_part(recipe(), 30522, SHORT, gpus=8, stage=3, zero=z)
-        for z in ({}, {"stage3_max_reuse_distance": 0})
+        memory_by_part(recipe(), 30522, [SHORT], Sharding(3, 8, zero))
+        for zero in ({}, {"stage3_max_reuse_distance": 0})
     )
     assert (kept["weights"], kept["gathered weights"], dropped["gathered weights"]) == (
         2 * P / 8,
         2 * P,
         0,
     )
-    assert memory_by_part(recipe(), 30522, SHORT, gpus=1, stage=3)["gathered weights"] == 0
+    assert memory_by_part(recipe(), 30522, [SHORT], Sharding(3))["gathered weights"] == 0
 
 
 def test_fp32_has_no_masters_at_stage_0_and_sgd_one_moment():
     def states(config: RunConfig, stage: int) -> list[float]:
-        parts = memory_by_part(config, 30522, SHORT, micro_batches=2, stage=stage, bf16=False)
+        parts = memory_by_part(config, 30522, [SHORT] * 2, Sharding(stage), bf16=False)
         return [parts[name] for name in STATES]
 
     P = count_parameters(recipe().model, 30522)
@@ -201,7 +195,7 @@ def test_muon_has_one_moment_for_the_matrices_of_the_layers():
     P, hidden = count_parameters(muon.model, 30522), 12 * (4 * 768 * 768 + 2 * 768 * 3072)
     assert count_hidden(muon.model) == hidden
     for stage, gpus in ((0, 8), (1, 1), (1, 8)):
-        parts = memory_by_part(muon, 30522, SHORT, gpus=gpus, stage=stage)
+        parts = memory_by_part(muon, 30522, [SHORT], Sharding(stage, gpus))
         assert parts["moments"] == pytest.approx(4 * (2 * P - hidden) / (gpus if stage else 1))
 
 
@@ -221,7 +215,7 @@ def test_operations_of_muon_are_those_that_torch_counts(bf16, config):
 
 def test_muon_gathers_its_updates_at_stages_1_and_2():
     for stage, updates in ((0, 0), (1, 5), (2, 5)):
-        plain, muon = (communication_per_step(100, 4, stage, 1, 2, updates=n) for n in (0, 5))
+        plain, muon = (communication_per_step(100, Sharding(stage, 4), 1, 2, n) for n in (0, 5))
         more = updates * 2 * 3 / 4
         assert muon == (plain[0] + more, plain[1])
 
@@ -331,19 +325,17 @@ def test_activations_grow_with_the_square_of_the_length_on_a_cpu_alone():
 
 
 def test_one_gpu_sends_nothing():
-    assert [communication_per_step(1000, 1, stage, 3, 2) for stage in range(4)] == [(0, 0)] * 4
+    for stage in range(4):
+        assert communication_per_step(1000, Sharding(stage), 3, 2) == (0, 0)
 
 
 def test_a_plan_adds_up():
     p = plan(
         recipe("[stop]\nsteps = 1000\n"),
         "test.toml",
-        8,
-        "H100",
+        Hardware("H100", 8, efficiency=0.5, price=2.5),
         stage=1,
-        efficiency=0.5,
         mean_length=100,
-        price=2.5,
     )
     assert p.tokens_per_step == 256 * 100
     assert p.memory_total == sum(p.memory.values()) and p.memory_of_gpu == 80 * GB
@@ -361,13 +353,13 @@ def test_a_plan_adds_up():
 
 
 def test_stage_3_hides_its_communication():
-    p = plan(recipe(), "test.toml", 8, "l4", stage=3)
+    p = plan(recipe(), "test.toml", Hardware("l4", 8), stage=3)
     assert p.step_s == max(p.products_s + p.traffic_s, p.launch_s, p.communication_s)
 
 
 def test_a_price_is_the_listed_one_unless_given_or_unknown():
     prices = [
-        plan(recipe("[stop]\nsteps = 10\n"), "x", 8, gpu, stage=1, price=given)
+        plan(recipe("[stop]\nsteps = 10\n"), "x", Hardware(gpu, 8, price=given), stage=1)
         for gpu, given in (("h100", None), ("h100", 1.0), ("l4", None))
     ]
     assert [p.price_per_gpu_hour for p in prices] == [GPUS["h100"].price, 1.0, None]
@@ -378,20 +370,21 @@ def test_twice_the_machine_takes_half_the_time():
     """Of a wider model, matrix products take a larger share of the time."""
     device = Device(100e12, 10e12, 80 * GB, 1e12, 1e11, 1e11)
     fast = replace(device, bf16=200e12, bandwidth=2e12)
-    narrow, wide = recipe(preset="small").model, recipe(preset="large").model
-    products, traffic, _ = compute_seconds(narrow, 30522, [SHORT], device)
-    assert compute_seconds(narrow, 30522, [SHORT], fast)[:2] == (products / 2, traffic / 2)
-    assert (
-        compute_seconds(narrow, 30522, [SHORT], device, efficiency=EFFICIENCY / 2)[0]
-        == 2 * products
+    narrow, wide = recipe(preset="small"), recipe(preset="large")
+    products, traffic, _ = compute_seconds(narrow, 30522, [SHORT], device, Sharding())
+    halves = compute_seconds(narrow, 30522, [SHORT], fast, Sharding())[:2]
+    assert halves == (products / 2, traffic / 2)
+    longer, *_ = compute_seconds(
+        narrow, 30522, [SHORT], device, Sharding(), efficiency=EFFICIENCY / 2
     )
-    more_products, more_traffic, _ = compute_seconds(wide, 30522, [SHORT], device)
+    assert longer == 2 * products
+    more_products, more_traffic, _ = compute_seconds(wide, 30522, [SHORT], device, Sharding())
     assert more_products / more_traffic > products / traffic
 
 
 def test_flops_per_token_of_bert_base_are_six_times_its_matrices():
     """Kaplan et al.: 6 FLOPs per token and layer parameter; attention and head add a little."""
-    p = plan(recipe(), "test.toml", 1, "a100", stage=1, mean_length=128)
+    p = plan(recipe(), "test.toml", Hardware("a100"), stage=1, mean_length=128)
     layers = 12 * (4 * 768**2 + 2 * 768 * 3072)
     assert 1 < p.flops_per_token / (6 * layers) < 1.3
 
@@ -421,7 +414,7 @@ def test_flops_per_token_of_bert_base_are_six_times_its_matrices():
 )
 def test_what_limits_a_run(text, gpus, gpu, stage, limit):
     config = parse_config(f'data = "no dataset here"\n{text}', "test.toml")
-    assert re.match(limit, plan(config, "test.toml", gpus, gpu, stage=stage).limit)
+    assert re.match(limit, plan(config, "test.toml", Hardware(gpu, gpus), stage=stage).limit)
 
 
 def test_the_micro_batch_that_is_advised_fits():
@@ -429,8 +422,7 @@ def test_the_micro_batch_that_is_advised_fits():
         return plan(
             recipe(f"[batch]\nsequences = 4096\nmicro_batch_tokens = {tokens}\n"),
             "x",
-            1,
-            "l4",
+            Hardware("l4"),
             stage=1,
             mean_length=128,
         )
@@ -452,7 +444,7 @@ def test_the_micro_batch_that_is_advised_fits():
 def test_recomputing_is_advised_where_it_makes_the_run_fit(tokens, more, advised):
     def at(more: str) -> Plan:
         text = f"[batch]\nsequences = 50000\nmicro_batch_tokens = {tokens}\n[runtime]\n{more}"
-        return plan(recipe(text), "x", 1, "l4", stage=1, mean_length=128)
+        return plan(recipe(text), "x", Hardware("l4"), stage=1, mean_length=128)
 
     p = at(more)
     assert ("runtime.recompute = true" in p.limit) == advised
@@ -463,7 +455,7 @@ def test_recomputing_is_advised_where_it_makes_the_run_fit(tokens, more, advised
 def test_the_end_of_the_run_is_the_first_condition_reached():
     def steps(stop: str, over: str = "steps") -> int | None:
         config = recipe(f'[schedule]\nover = "{over}"\n[stop]\n{stop}\n')
-        return plan(config, "test.toml", 1, "h100", stage=0, mean_length=100).steps
+        return plan(config, "test.toml", Hardware("h100"), stage=0, mean_length=100).steps
 
     assert steps("steps = 500\ntokens = 2560000") == 100
     assert steps("tokens = 2560001", "tokens") == 101
@@ -480,7 +472,7 @@ def test_the_gpus_that_pay_cost_at_most_twice_the_least_for_a_token(preset, gpu,
     text = f"[batch]\nsequences = 512\nmicro_batch_tokens = {tokens}\nmax_length = 512\n"
     config = recipe(text, preset)
     plans = {
-        n: plan(config, "test.toml", n, gpu, stage=1, mean_length=400)
+        n: plan(config, "test.toml", Hardware(gpu, n), stage=1, mean_length=400)
         for n in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
     }
     cost = {n: n * p.step_s for n, p in plans.items() if p.memory_total <= p.memory_of_gpu}
@@ -501,11 +493,11 @@ def test_a_batch_that_all_gpus_share_well_and_one_that_none_can_share():
     config = recipe(
         "[batch]\nsequences = 8\nmicro_batch_tokens = 4096\nmax_length = 512\n", "large"
     )
-    shown = dict(describe(plan(config, "test.toml", 1, "l4", stage=3, mean_length=512)))
+    shown = dict(describe(plan(config, "test.toml", Hardware("l4"), stage=3, mean_length=512)))
     assert shown["GPUs that pay"].endswith("; more would need more batch.sequences")
     config = recipe("[batch]\nsequences = 8\nmicro_batch_tokens = 409600\nmax_length = 512\n")
     tiny = replace(GPUS["l4"], memory=1e9)
-    none = plan(config, "test.toml", 1, "l4", stage=0, mean_length=512, device=tiny)
+    none = plan(config, "test.toml", Hardware("l4", device=tiny), stage=0, mean_length=512)
     assert none.relative_cost == {} and "GPUs that pay" not in dict(describe(none))
 
 
@@ -513,7 +505,7 @@ def test_the_tokens_of_the_run_beside_those_of_the_dataset(small_dataset):
     """Ten times the examples of an epoch are ten epochs."""
     text = "[stop]\nepochs = 10\n[batch]\nsequences = 8\nmax_length = 64\n"
     config = replace(recipe(text), data=str(small_dataset.path))
-    p = plan(config, "test.toml", 1, "h100", stage=0)
+    p = plan(config, "test.toml", Hardware("h100"), stage=0)
     assert p.epochs is not None and 10 <= p.epochs < 10.1 and p.steps is not None
     assert p.dataset_tokens == small_dataset.counts("train").tokens
     seen, there = (
@@ -522,7 +514,7 @@ def test_the_tokens_of_the_run_beside_those_of_the_dataset(small_dataset):
     )
     shown = f"{seen} tokens in the run, {there} in the dataset: 10 epochs"
     assert dict(describe(p))["text"] == shown
-    away = plan(recipe("[stop]\nsteps = 1000\n"), "x", 1, "h100", stage=0, mean_length=100)
+    away = plan(recipe("[stop]\nsteps = 1000\n"), "x", Hardware("h100"), stage=0, mean_length=100)
     assert away.epochs is None and dict(describe(away))["text"] == "25.6 M tokens in the run"
 
 
@@ -535,7 +527,7 @@ def test_a_plan_says_that_a_source_would_be_used_too_often(two_sources, epochs, 
         "[batch]\nsequences = 8\n",
         "test.toml",
     )
-    limit = plan(config, "test.toml", 1, "h100", stage=1).limit
+    limit = plan(config, "test.toml", Hardware("h100"), stage=1).limit
     if not refused:
         Batches(two_sources, config)
         assert "epochs" not in limit
@@ -550,12 +542,13 @@ def test_the_stage_comes_from_the_deepspeed_file(tmp_path):
         json.dumps({"zero_optimization": {"stage": 2, "reduce_bucket_size": 1000}})
     )
     config = recipe(f'[runtime]\ndeepspeed = "{tmp_path / "ds.json"}"\n')
-    p = plan(config, "test.toml", 8, "h100")
+    p = plan(config, "test.toml", Hardware("h100", 8))
     assert p.zero_stage == 2
-    assert plan(config, "test.toml", 8, "h100", stage=3).zero_stage == 3
+    assert plan(config, "test.toml", Hardware("h100", 8), stage=3).zero_stage == 3
     assert p.memory["buckets"] == 2 * 1000
     # These are the buckets of the packaged ds_config.json.
-    assert plan(recipe(), "test.toml", 8, "h100", stage=2).memory["buckets"] == 2 * 16_000_000
+    packaged = plan(recipe(), "test.toml", Hardware("h100", 8), stage=2)
+    assert packaged.memory["buckets"] == 2 * 16_000_000
 
 
 @pytest.mark.parametrize(
@@ -584,17 +577,19 @@ def test_the_stage_comes_from_the_deepspeed_file(tmp_path):
 )
 def test_wrong_arguments(arguments, words):
     optimizer = arguments.pop("optimizer", "adamw")
+    of_hardware = {field.name for field in fields(Hardware)} & set(arguments)
+    hardware = {"gpu": "h100", **{name: arguments.pop(name) for name in of_hardware}}
     config = recipe(
         f'[optimizer]\nname = "{optimizer}"\n'
         + '[runtime]\ndeepspeed = "nowhere.json"\n' * (arguments == {"stage": None})
     )
     with pytest.raises(InputError, match=words):
-        plan(config, "test.toml", **{"gpus": 1, "gpu": "h100", "stage": 1, **arguments})
+        plan(config, "test.toml", Hardware(**hardware), **{"stage": 1, **arguments})
 
 
 def test_a_batch_too_large_to_plan():
     with pytest.raises(InputError, match=r"test.toml: batch.sequences = 1,000,000,000: .*131,072"):
-        plan(recipe("[batch]\nsequences = 1000000000\n"), "test.toml", 8, "h100", stage=1)
+        plan(recipe("[batch]\nsequences = 1000000000\n"), "test.toml", Hardware("h100", 8), stage=1)
 
 
 def test_peaks_are_dense_and_in_plain_units():
@@ -610,13 +605,13 @@ def test_peaks_are_dense_and_in_plain_units():
 
 def test_a_plan_from_the_recipes_that_come_along():
     for path in (Path(__file__).parents[1] / "fastbert/recipes").glob("*.toml"):
-        rows = dict(describe(plan(load_config(path), str(path), 8, "h100", stage=1)))
+        rows = dict(describe(plan(load_config(path), str(path), Hardware("h100", 8), stage=1)))
         assert "M, " in rows["parameters"] and rows["limited by"]
 
 
 def test_a_plan_says_what_measures_the_time_to_make_the_dataset(small_dataset, tmp_path):
     def said(data: Path) -> bool:
-        found = plan(load_config("mini", {"data": str(data)}), "mini", 1, "h100").assumptions
+        found = plan(load_config("mini", {"data": str(data)}), "mini", Hardware("h100")).assumptions
         return any("`fastbert prepare SOURCE --estimate` measures" in line for line in found)
 
     assert said(tmp_path / "none") and not said(small_dataset.path)

@@ -13,7 +13,7 @@ from fastbert.data.blocks import BLOCK_BYTES
 from fastbert.data.dataset import TokenDataset
 from fastbert.data.verify import Claim
 from fastbert.data.window_order import Windows
-from fastbert.planning.plan import describe, plan
+from fastbert.planning.plan import Hardware, describe, plan
 from fastbert.planning.reading import reading, sample
 from tests.block_dataset import in_blocks
 
@@ -90,8 +90,8 @@ def test_a_sample_has_the_size_of_the_epoch_and_like_lengths(dataset, length):
 
 
 def test_the_table_says_it(dataset):
-    rows = dict(describe(plan(recipe(dataset, 4), "x", 1, "h100", stage=0)))
+    rows = dict(describe(plan(recipe(dataset, 4), "x", Hardware("h100"), stage=0)))
     windows = dataset.windows(4 * BLOCK_BYTES)
     assert f"{windows} an epoch" in rows["data"] and "before the first step" in rows["data"]
-    rows = dict(describe(plan(recipe(dataset, 10_000), "x", 1, "h100", stage=0)))
+    rows = dict(describe(plan(recipe(dataset, 10_000), "x", Hardware("h100"), stage=0)))
     assert "shuffled as a whole" in rows["data"]

@@ -16,7 +16,7 @@ from fastbert.models.build import Model, build_model
 from fastbert.models.heads import losses
 from fastbert.planning.activations import MicroBatchSize, activation_bytes, recomputed_bytes
 from fastbert.planning.flops import executed_flops
-from fastbert.planning.memory import memory_by_part
+from fastbert.planning.memory import Sharding, memory_by_part
 from fastbert.recipe import load_config
 from fastbert.training.parallel_model import ParallelModel
 from tests.random_batch import VOCAB, make_batch
@@ -95,7 +95,7 @@ def test_plan_counts_it():
 
     def activations(recompute: str) -> float:
         config = load_config("base", ["data=x", f"runtime.recompute={recompute}"])
-        return memory_by_part(config, 30522, pack)["activations"]
+        return memory_by_part(config, 30522, [pack], Sharding())["activations"]
 
     assert activations("true") < 0.3 * activations("false")
 

@@ -19,7 +19,7 @@ from fastbert.data.remote_dataset import fetch_dataset, files_of
 from fastbert.data.sources import find_sources
 from fastbert.durable import sealed, sha256_of
 from fastbert.errors import InputError
-from fastbert.planning.plan import plan
+from fastbert.planning.plan import Hardware, plan
 from fastbert.recipe import load_config
 from fastbert.storage import Url
 from tests.ranks import Ranks
@@ -248,7 +248,7 @@ def test_a_plan_reads_a_dataset_in_a_bucket(small_dataset, tmp_path, monkeypatch
     url = Url(f"memory://{tmp_path}/data")
     put_folder(small_dataset.path, url)
     found = [
-        plan(load_config("mini", {"data": str(data)}), "mini", 1, "h100")
+        plan(load_config("mini", {"data": str(data)}), "mini", Hardware("h100"))
         for data in (small_dataset.path, url, f"{url}/none")
     ]
     assert found[0] == found[1] and "none is not here" in found[2].assumptions[0]

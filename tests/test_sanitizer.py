@@ -424,6 +424,41 @@ def test_casts_round_to_nearest_even(of, to):
 
 
 @triton.jit
+def cut_kernel(x_ptr, out_ptr, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    cut = tl.load(x_ptr + i).to(out_ptr.dtype.element_ty, fp_downcast_rounding="rtz")
+    tl.store(out_ptr + i, cut)
+
+
+def cut(x: torch.Tensor, to: torch.dtype) -> torch.Tensor:
+    out = torch.empty(x.shape, dtype=to)
+    with sanitize():
+        cut_kernel[(len(x) // 128,)](x, out, BLOCK=128)
+    return out
+
+
+@pytest.mark.parametrize("low", [0, 1, 0x7FFF, 0x8000, 0xFFFF])
+def test_casts_to_bf16_round_towards_zero_where_asked(low):
+    """Every bf16 number, with bits behind it that bf16 cannot hold."""
+    bits = torch.arange(2**16, dtype=torch.int32) << 16
+    x, expected = (bits + low).view(torch.float32), bits.view(torch.float32).bfloat16()
+    expected[x.isnan()] = torch.nan
+    found = cut(x, torch.bfloat16)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+
+
+def test_fp64_and_fp8_round_towards_zero_where_asked():
+    """The largest fp64 below each bf16 number would become that number in fp32."""
+    bits = torch.arange(0x7F80, dtype=torch.int32)
+    below, above = (((bits + more) << 16).view(torch.float32).double() for more in (0, 1))
+    found = cut(torch.nextafter(above, torch.zeros(())), torch.bfloat16)
+    assert torch.equal(found, below.bfloat16())
+    x = torch.tensor([15.9375, -15.9375, 14.0, 1.0]).bfloat16().repeat(32)
+    coarse = cut(x, torch.float8_e5m2)  # steps of 2 above 8
+    assert coarse.float()[:4].tolist() == [14.0, -14.0, 14.0, 1.0]
+
+
+@triton.jit
 def bits_kernel(x_ptr, bits_ptr, out_ptr, int_ptr, BLOCK: tl.constexpr):
     i = tl.arange(0, BLOCK)
     x = tl.load(x_ptr + i)

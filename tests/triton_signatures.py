@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from triton import knobs
 
-from benchmarks.compiled.ahead_of_time import aot_signatures, launch, source, training_calls
 from benchmarks.compiled.no_launch import no_launch
+from benchmarks.compiled.signatures import aot_signatures, launch, source, training_calls
 from fastbert_kernels._tiles import tile
 
 

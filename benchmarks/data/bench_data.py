@@ -100,18 +100,18 @@ def repeat(text: Path, target: Path, times: int, documents: int | None) -> Path:
 
     A last line that differs makes each copy a different document.
     """
-    lines = text.read_text(encoding="utf-8").split("\n")[:documents]
-    texts = [json.loads(line)["text"] for line in lines if line]
+    texts = texts_of(text)[:documents]
     with target.open("w", encoding="utf-8") as file:
-        for copy in range(times):
-            for document in texts:
-                file.write(
-                    json.dumps(
-                        {"text": f"{document}\n{copy}" if copy else document}, ensure_ascii=False
-                    )
-                    + "\n"
-                )
+        for copy, document in itertools.product(range(times), texts):
+            record = {"text": f"{document}\n{copy}" if copy else document}
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
     return target
+
+
+def texts_of(path: Path) -> list[str]:
+    """The documents of a JSON lines file."""
+    lines = path.read_text(encoding="utf-8").split("\n")
+    return [json.loads(line)["text"] for line in lines if line]
 
 
 def check_same_ids(dataset: TokenDataset, rival: Path) -> int:
@@ -190,13 +190,11 @@ def bench_prepare(
             "side": side.name,
             "cores": side.cores,
             "seconds": seconds,
-        }
-        row |= {
             "mb_per_s": size / seconds,
             "tokens_per_s": tokens / seconds,
             "with_baselines_s": statistics.median(whole[side]),
+            "imports_s": statistics.median(run["imports_s"] for run in runs[side]),
         }
-        row |= {"imports_s": statistics.median(run["imports_s"] for run in runs[side])}
         if side.job == "fastbert":
             rivals = [
                 other for other in sides if other.job != side.job and other.cores == side.cores
@@ -231,9 +229,7 @@ def bench_vocabulary(text: Path, rounds: int) -> Row:
     """Time our vocabulary training, which is deterministic, and that of tokenizers, in turns."""
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 
-    texts = [
-        json.loads(line)["text"] for line in text.read_text(encoding="utf-8").split("\n") if line
-    ]
+    texts = texts_of(text)
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 
     def plain() -> None:
@@ -277,21 +273,15 @@ def bench_loader(
     dataset: TokenDataset, rounds: int, slice_s: float
 ) -> tuple[list[Row], dict[str, float]]:
     """Real tokens per second of each loader; they run in turns for `slice_s` seconds each."""
-    cases = [
-        ("fastbert, pairs of single sentences", _packed(dataset, "single", 128, DEMO_SEQUENCES))
-    ]
-    cases += [
-        (f"fastbert, pairs that fill {length}", _packed(dataset, "fill", length, SEQUENCES))
-        for length in LENGTHS
-    ]
-    cases += [
-        (f"datasets + collator, windows of {length}", _collated(dataset, length, SEQUENCES))
-        for length in LENGTHS
-    ]
-    speeds: dict[str, list[float]] = {name: [] for name, _ in cases}
+    cases = {"fastbert, pairs of single sentences": _packed(dataset, "single", 128, DEMO_SEQUENCES)}
+    for n in LENGTHS:
+        cases[f"fastbert, pairs that fill {n}"] = _packed(dataset, "fill", n, SEQUENCES)
+    for n in LENGTHS:
+        cases[f"datasets + collator, windows of {n}"] = _collated(dataset, n, SEQUENCES)
+    speeds: dict[str, list[float]] = {name: [] for name in cases}
     with one_core():
         for number in range(rounds + 1):
-            for name, draw in cases:
+            for name, draw in cases.items():
                 tokens, began, batches = 0, time.perf_counter(), draw(number)
                 while (seconds := time.perf_counter() - began) < slice_s:
                     tokens += next(batches)
@@ -382,16 +372,13 @@ def bench_memory(
             "text": f"x {times}",
             "mb": source.stat().st_size / 1e6,
             "tokens": made["tokens"],
-        }
-        row |= {
             "prepare_mb": made["peak_before_baselines_mb"],
             "with_baselines_mb": made["peak_mb"],
+            **{f"loader_{name}": value for name, value in job("loader", out).items()},
         }
-        rows.append(row | {f"loader_{name}": value for name, value in job("loader", out).items()})
-        print(
-            f"  {row['text']:5} {row['mb']:7.1f} MB of text: "
-            + ", ".join(f"{k} {v:.0f}" for k, v in rows[-1].items() if k[-3:] == "_mb")
-        )
+        rows.append(row)
+        sizes_of = ", ".join(f"{k} {v:.0f}" for k, v in row.items() if k.endswith("_mb"))
+        print(f"  {row['text']:5} {row['mb']:7.1f} MB of text: {sizes_of}")
     return rows
 
 
@@ -399,19 +386,12 @@ def draw_memory(rows: list[Row], path: Path) -> None:
     figure, axes = figure_of(1, 1)
     ax = axes[0, 0]
     x = [row["mb"] for row in rows]
-    lines = [
-        (
-            "prepare, with baselines (of 8 M tokens at most)",
-            "with_baselines_mb",
-            colour("transformers"),
-            "o",
-        ),
+    baselines = "prepare, with baselines (of 8 M tokens at most)"
+    for name, key, shade, marker in (
+        (baselines, "with_baselines_mb", colour("transformers"), "o"),
         ("prepare, text to ids", "prepare_mb", OURS, "o"),
-    ]
-    for name, key, shade, marker in [
-        *lines,
         ("loader (its own memory)", "loader_own_mb", MUTED, "s"),
-    ]:
+    ):
         ax.plot(
             x,
             [row[key] for row in rows],
@@ -452,14 +432,12 @@ def report(rows: list[Row]) -> str:
             f"{r['tokens_per_s'] / 1e6:.2f}",
         ]
         + (
-            [f"**{r['ratio']:.2f}x** ({r['ratio_low']:.2f} to {r['ratio_high']:.2f})"]
+            [
+                f"**{r['ratio']:.2f}x** ({r['ratio_low']:.2f} to {r['ratio_high']:.2f})",
+                f"{r['with_baselines_s']:.2f} s, {r['ratio_with_baselines']:.2f}x",
+            ]
             if "ratio" in r
-            else [""]
-        )
-        + (
-            [f"{r['with_baselines_s']:.2f} s, {r['ratio_with_baselines']:.2f}x"]
-            if "ratio" in r
-            else [""]
+            else ["", ""]
         )
         for r in parts["prepare"]
     ]
@@ -524,9 +502,11 @@ def main() -> None:
     given = parser.parse_args()
     dataset = open_dataset(given.dataset)
     tokenizer = dataset.tokenizer_dir.resolve()
-    documents, sides, rounds, sizes, slice_s = (None, SIDES, {1: 3, 4: 2}, (1, 4, 16), 0.5)
+    # Documents, sides, rounds by how often the text is repeated, repetitions for the memory, and
+    # seconds of a loader's turn.
+    documents, sides, rounds, sizes, slice_s = None, SIDES, {1: 3, 4: 2}, (1, 4, 16), 0.5
     if given.quick:
-        documents, sides, rounds, sizes, slice_s = (100, SIDES[:2], {1: 2}, (1, 2), 0.05)
+        documents, sides, rounds, sizes, slice_s = 100, SIDES[:2], {1: 2}, (1, 2), 0.05
     rows: list[Row] = []
     ratios: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as folder:

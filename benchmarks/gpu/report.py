@@ -23,6 +23,7 @@ from benchmarks.gpu.kernel_tests import summary_of_tests
 from benchmarks.gpu.proposals import winners
 from benchmarks.gpu.results import FILE, Line, is_wrong, read
 from benchmarks.harness.children import ROOT
+from benchmarks.harness.machine import folder_of
 from benchmarks.harness.record import Record
 from benchmarks.harness.tables_and_plots import table
 from benchmarks.kernels.kernel_report import goals_table
@@ -117,7 +118,7 @@ def parts(lines: Sequence[Line]) -> str:
     rows += [
         [name, "**not finished**", "-"] for name in begun if name not in {row[0] for row in rows}
     ]
-    return titled("Parts", table(("part", "outcome", "seconds"), rows)) if rows else ""
+    return of_rows("Parts", ("part", "outcome", "seconds"), rows)
 
 
 def machine(lines: Sequence[Line]) -> str:
@@ -150,7 +151,7 @@ def machine(lines: Sequence[Line]) -> str:
             )
         elif line["what"] == "warm-up":
             found.append(f"- compiled in advance: {line.get('job', '')} {line['why']}")
-    return titled("Environment", "\n".join(found)) if found else ""
+    return titled("Environment", "\n".join(found))
 
 
 def checks(lines: Sequence[Line]) -> str:
@@ -165,13 +166,8 @@ def checks(lines: Sequence[Line]) -> str:
         for line in lines
         if line["what"] == "check" and line["part"] == "smoke"
     ]
-    return (
-        titled(
-            "Correctness", table(("case", "", "error over allowed", "worst tensor", "shape"), rows)
-        )
-        if rows
-        else ""
-    )
+    columns = ("case", "", "error over allowed", "worst tensor", "shape")
+    return of_rows("Correctness", columns, rows)
 
 
 def operations(lines: Sequence[Line]) -> str:
@@ -223,9 +219,12 @@ def operations(lines: Sequence[Line]) -> str:
         "rate",
         "of peak",
         "predicted ms (measured over it)",
+        "others, ms",
+        "fastest of them over ours",
+        "extra MB",
+        "",
     )
-    columns += ("others, ms", "fastest of them over ours", "extra MB", "")
-    return titled("Operations", table(columns, rows)) if rows else ""
+    return of_rows("Operations", columns, rows)
 
 
 def missing(lines: Sequence[Line]) -> str:
@@ -241,7 +240,7 @@ def missing(lines: Sequence[Line]) -> str:
         for line in lines
         if line["what"] == "note"
     ]
-    return titled("Not measured", "\n".join([*found, *notes])) if found or notes else ""
+    return titled("Not measured", "\n".join([*found, *notes]))
 
 
 def tiles(lines: Sequence[Line]) -> str:
@@ -323,21 +322,13 @@ def steps(lines: Sequence[Line]) -> str:
 
 def counters(lines: Sequence[Line]) -> str:
     found = [line for line in lines if line["what"] == "counters"]
-    if not found:
-        return ""
-    names = list(
-        dict.fromkeys(
-            name
-            for line in found
-            for name in line
-            if name not in ("part", "what", "at", "dry", "case", "kernel")
-        )
-    )
+    known = ("part", "what", "at", "dry", "case", "kernel")
+    names = dict.fromkeys(name for line in found for name in line if name not in known)
     rows = [
         [line["case"], line["kernel"], *(str(line.get(name, "-")) for name in names)]
         for line in found
     ]
-    return titled("Counters", table(("case", "kernel", *names), rows))
+    return of_rows("Counters", ("case", "kernel", *names), rows)
 
 
 def curves(lines: Sequence[Line]) -> str:
@@ -365,7 +356,7 @@ def curves(lines: Sequence[Line]) -> str:
         "reference in bf16 from fp32, nats",
         "",
     )
-    return titled("Curves", table(columns, rows)) if rows else ""
+    return of_rows("Curves", columns, rows)
 
 
 def tuned(lines: Sequence[Line]) -> str:
@@ -381,24 +372,15 @@ def tuned(lines: Sequence[Line]) -> str:
             rows.append(
                 [line["kernel"], line["case"], options(line["first"]), found, str(line["tried"])]
             )
-    return (
-        titled("Tiles near the best", table(("kernel", "case", "from", "found", "tried"), rows))
-        if rows
-        else ""
-    )
+    return of_rows("Tiles near the best", ("kernel", "case", "from", "found", "tried"), rows)
 
 
 def clocks(out: Path) -> str:
     """The clock of the multiprocessors under load, from nvidia-smi's samples every second."""
     path = out / CLOCKS
-    rows = (
-        [
-            text.split(",")
-            for text in path.read_text(encoding="utf-8", errors="replace").splitlines()
-        ]
-        if path.exists()
-        else []
-    )
+    if not path.exists():
+        return ""
+    rows = [line.split(",") for line in path.read_text("utf-8", errors="replace").splitlines()]
     samples = [
         [float(match[0]) if (match := re.search(r"[\d.]+", word)) else 0.0 for word in row[1:5]]
         for row in rows
@@ -430,14 +412,20 @@ def failures(lines: Sequence[Line]) -> str:
             found.append(
                 f"- {line['part']}: dropout {line['dropout_p']:g}: the curves do not agree"
             )
-    return titled("Wrong or failed", "\n".join(found)) if found else ""
+    return titled("Wrong or failed", "\n".join(found))
 
 
 # --------------------------------------------------------------------------------------- formatting
 
 
 def titled(title: str, text: str) -> str:
-    return f"## {title}\n\n{text}"
+    """A section; nothing where there is no text."""
+    return f"## {title}\n\n{text}" if text else ""
+
+
+def of_rows(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A section with a table; nothing where it has no rows."""
+    return titled(title, table(columns, rows) if rows else "")
 
 
 def bold_unless(word: str, *fine: str) -> str:
@@ -446,13 +434,9 @@ def bold_unless(word: str, *fine: str) -> str:
 
 def number(value: Any, form: str) -> str:
     """The number in this form; text such as "nan" is unchanged."""
-    return (
-        form.format(value)
-        if isinstance(value, (int, float))
-        else "-"
-        if value is None
-        else str(value)
-    )
+    if isinstance(value, (int, float)):
+        return form.format(value)
+    return "-" if value is None else str(value)
 
 
 def rate(line: Line) -> str:
@@ -490,11 +474,7 @@ def record(out: Path) -> Path:
         ]
         if line["implementation"] == "triton" and others:
             ratios[f"{line['case']}, fastest rival over ours"] = min(others) / line["ms"]
-    folder = (
-        ROOT
-        / "benchmarks/results"
-        / "-".join(re.findall(r"[a-z0-9]+", str(facts.get("device", "unknown")).lower()))
-    )
+    folder = ROOT / "benchmarks/results" / folder_of(str(facts.get("device", "unknown")))
     header = {
         name: str(facts.get(name, "-"))
         for name in ("device", "driver", "CUDA or HIP", "torch", "Triton", "Python", "commit")

@@ -61,7 +61,12 @@ def folder_name(device: torch.device) -> str:
         if device.type == "cuda"
         else f"{_processor()} {len(os.sched_getaffinity(0))} cores"
     )
-    return "-".join(re.findall(r"[a-z0-9]+", name.lower()))
+    return folder_of(name)
+
+
+def folder_of(machine: str) -> str:
+    """The folder for results of a machine, by its name."""
+    return "-".join(re.findall(r"[a-z0-9]+", machine.lower()))
 
 
 def _processor() -> str:

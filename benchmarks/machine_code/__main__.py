@@ -18,7 +18,8 @@ from typing import Any
 
 import triton
 
-from benchmarks.compiled.ahead_of_time import AotSignature, check_tools
+from benchmarks.compiled.ahead_of_time import check_tools
+from benchmarks.compiled.signatures import AotSignature
 from benchmarks.harness.forked import forked
 from benchmarks.harness.tables_and_plots import filled
 from benchmarks.machine_code import ours, peers

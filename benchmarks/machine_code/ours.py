@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from benchmarks.compiled.ahead_of_time import AotSignature, aot_signatures, short, source
+from benchmarks.compiled.signatures import AotSignature, aot_signatures, short, source
 from benchmarks.kernels.cases import TOKENS, VOCABULARY
 from benchmarks.machine_code.duration import Launch
 from benchmarks.machine_code.examine import Case

@@ -23,13 +23,8 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-from benchmarks.compiled.ahead_of_time import (
-    AotSignature,
-    aot_signatures,
-    faults,
-    measure,
-    short,
-)
+from benchmarks.compiled.ahead_of_time import faults, measure
+from benchmarks.compiled.signatures import AotSignature, aot_signatures, short
 from benchmarks.harness.forked import forked
 from benchmarks.machine_code import ours
 from benchmarks.machine_code.counts import moved_bytes

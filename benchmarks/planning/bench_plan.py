@@ -19,9 +19,7 @@ Step time. Steps of an engine against the prediction from the measured rates of 
 on a CPU. The rates are measured before each step, with all of torch's threads. Other programs on
 the machine slow both, not always equally; the quartiles show how much.
 
-Published runs. The prediction for the same model, lengths, batch and GPUs against published
-sequences per second or hours. The plan is for fastbert, which pads nothing and computes the last
-layer only for the rows that a loss reads; most published programs do neither.
+Published runs. The prediction against published sequences per second or hours (published_runs.py).
 
 A difference is predicted over measured, minus one: a positive one means that too much memory or
 too long a time was predicted. The heap is set as in a training run (fastbert/heap.py). `--quick`
@@ -49,6 +47,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from benchmarks.harness.machine import ROOT, header, header_line
 from benchmarks.harness.record import Record, Row
 from benchmarks.harness.tables_and_plots import filled, table
+from benchmarks.planning.published_runs import FUSED, UNFUSED, published_row
 from benchmarks.step.communication import VARIANTS
 from benchmarks.step.made_up_training import Sizes, made_up_batch, model_config
 from fastbert.cluster.group import Group, join
@@ -58,15 +57,8 @@ from fastbert.heap import keep_heap
 from fastbert.models.build import build_model
 from fastbert.models.heads import losses
 from fastbert.planning.activations import MicroBatchSize, activation_bytes
-from fastbert.planning.memory import memory_by_part
-from fastbert.planning.plan import (
-    Device,
-    communication_per_step,
-    compute_seconds,
-    plan,
-    this_machine,
-)
-from fastbert.recipe import parse_config
+from fastbert.planning.memory import Sharding, memory_by_part
+from fastbert.planning.plan import communication_per_step, compute_seconds, this_machine
 from fastbert.training.ds_config import DeepSpeedSettings
 from fastbert.training.engine import Engine
 
@@ -270,8 +262,8 @@ def memory_row(case: Case, device: torch.device) -> Row:
     kernels = "triton" if device.type == "cuda" else "cpu"
     counted, pack, world = count_memory(case, device)
     config, V, always = case.config, case.sizes.vocab_size, ("weights", "master weights", "moments")
-    settings = {"stage": case.stage, "bf16": case.bf16, "kernels": kernels, "zero": case.zero}
-    said = memory_by_part(config, V, pack, micro_batches=case.micro_batches, gpus=world, **settings)
+    packs, sharding = [pack] * case.micro_batches, Sharding(case.stage, world, case.zero)
+    said = memory_by_part(config, V, packs, sharding, bf16=case.bf16, kernels=kernels)
     said["context"] = 0.0
     # At the peak, which need not be a moment when all of them exist.
     kept = min(said["activations"], counted["activations"])
@@ -295,15 +287,9 @@ def memory_row(case: Case, device: torch.device) -> Row:
 
 def two_ranks(number: int) -> Row:
     """The row of RANK_CASES[number], counted by the first of two ranks, started by torchrun."""
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-    ]
-    command += ["-m", "benchmarks.planning.bench_plan", "--rank-case", f"{number}"]
+    torchrun = "-m torch.distributed.run --standalone --nproc-per-node 2"
+    case = f"-m benchmarks.planning.bench_plan --rank-case {number}"
+    command = [sys.executable, *torchrun.split(), *case.split()]
     said = subprocess.run(
         command, capture_output=True, text=True, check=True, timeout=300, cwd=ROOT
     ).stdout
@@ -335,7 +321,8 @@ def communication_rows() -> list[Row]:
     for found in recorded_communication():
         P, N = 1_000_000, found["ranks"]
         _, zero = VARIANTS[found["variant"]]
-        sent = communication_per_step(P, N, found["stage"], found["micro_batches"], 1, zero)
+        sharding = Sharding(found["stage"], N, zero)
+        sent = communication_per_step(P, sharding, found["micro_batches"], 1)
         predicted, least = (count / (P * (N - 1) / N) for count in sent)
         rows.append(
             {
@@ -368,11 +355,11 @@ def step_row(case: Case, steps: int) -> Row:
             if number >= 2:
                 times.append(time.perf_counter() - start)
                 parts = compute_seconds(
-                    case.config.model,
+                    case.config,
                     case.sizes.vocab_size,
                     packs,
                     machine,
-                    stage=case.stage,
+                    Sharding(case.stage),
                     bf16=case.bf16,
                     on_cpu=True,
                 )
@@ -384,197 +371,6 @@ def step_row(case: Case, steps: int) -> Row:
         "measured_ms": 1e3 * statistics.median(times),
     }
     return row | {"difference": median - 1, "quartiles": [low - 1, high - 1]}
-
-
-# ----------------------------------------------------------------------------------- published runs
-
-
-class Published(NamedTuple):
-    """A run that others have timed.
-
-    The published figure is sequences per second over all GPUs, or hours for given numbers of
-    sequences of one length and then another.
-    """
-
-    what: str
-    source: str
-    gpu: str
-    gpus: int
-    sequences: int  # per step, over all GPUs
-    micro_batch: int  # sequences of the first length
-    lengths: tuple[int, ...]  # tokens, including padding where the run has it
-    per_second: float = 0.0
-    amounts: tuple[float, ...] = ()  # number of sequences of each length
-    hours: float = 0.0
-    model: str = 'preset = "large"'  # lines of [model]
-    vocab_size: int = 30522
-    mask_rate: float = 0.15  # 1 if the program computes the head for all tokens
-    stage: int = 0  # of ZeRO, or its equivalent
-
-
-# fp16 with tensor cores, which plan does not offer, because a V100 has no bf16. NVIDIA data sheet,
-# SXM2; a DGX-2 has 8 adapters of 100 Gbit/s.
-V100 = Device(125e12, 15.7e12, 32e9, 900e9, 150e9, 100e9)
-
-NVIDIA_2022 = (
-    "NVIDIA/DeepLearningExamples, PyTorch/LanguageModeling/BERT/README.md of January 2022, "
-    "training performance, mixed precision"
-)
-NVIDIA_2020 = "the same README of July 2020"
-DEEPSPEED = "deepspeed.ai/news/2020/05/27/fastest-bert-training.html"
-BING = "microsoft/DeepSpeed, docs/_tutorials/bert-pretraining.md of 2020, sample counts and hours"
-MOSAIC = "mosaicml/examples, benchmarks/bert/README.md and hf-bert-base-uncased.yaml, 2023"
-FOUNDRY = "mosaicml/llm-foundry, scripts/train/benchmarking/README.md, 2023"
-PHASES = (402_679_081.0, 34_464_170.0)  # sequences of 128 and of 512 tokens
-BASE = 'preset = "base"'
-WIDE = 'preset = "large"\nhidden_size = 1536\nintermediate_size = 6144'
-
-FUSED = [  # programs with fused operations, as plan assumes
-    Published(
-        "BERT-large, TorchScript and fused kernels", NVIDIA_2022, "a100", 1, 8192, 256, (128,), 580
-    ),
-    Published("BERT-large, the same", NVIDIA_2022, "a100", 8, 65536, 256, (128,), 4591),
-    Published(
-        "BERT-large, the same, 32 nodes", NVIDIA_2022, "a100", 256, 65536, 256, (128,), 138294
-    ),
-    Published("BERT-large, the same", NVIDIA_2022, "v100", 1, 4096, 64, (128,), 224),
-    Published(
-        "BERT-large, DeepSpeed's transformer kernels", DEEPSPEED, "v100", 1, 640, 64, (128,), 272
-    ),
-    Published(
-        "BERT-large, DeepSpeed's transformer kernels", DEEPSPEED, "v100", 1, 80, 8, (512,), 52
-    ),
-    Published(
-        "MPT-125M, a decoder of BERT-base's size",
-        FOUNDRY,
-        "a100-40gb",
-        8,
-        2496,
-        104,
-        (512,),
-        2448,
-        model=BASE,
-        vocab_size=50368,
-        mask_rate=1.0,
-        stage=3,
-    ),
-    Published(
-        "MPT-350M, a decoder of BERT-large's size",
-        FOUNDRY,
-        "a100-40gb",
-        8,
-        2048,
-        64,
-        (512,),
-        1035,
-        vocab_size=50368,
-        mask_rate=1.0,
-        stage=3,
-    ),
-    Published(
-        "MPT-760M, a wider decoder",
-        FOUNDRY,
-        "h100",
-        8,
-        1536,
-        96,
-        (512,),
-        1308,
-        model=WIDE,
-        vocab_size=50368,
-        mask_rate=1.0,
-        stage=3,
-    ),
-]
-UNFUSED = [
-    Published(
-        "BERT-large, before the fusions", NVIDIA_2020, "a100-40gb", 1, 65536, 64, (128,), 415
-    ),
-    Published("BERT-large, before the fusions", NVIDIA_2020, "a100-40gb", 1, 32768, 16, (512,), 78),
-    Published("BERT-large, before the fusions", NVIDIA_2020, "v100", 1, 65536, 16, (128,), 173),
-    Published(
-        "BERT-large, DeepSpeed before its kernels, the whole run",
-        BING,
-        "v100",
-        64,
-        16384,
-        64,
-        (128, 512),
-        hours=14,
-        amounts=PHASES,
-    ),
-    Published(
-        "BERT-large, DeepSpeed before its kernels, the whole run",
-        BING,
-        "v100",
-        256,
-        16384,
-        64,
-        (128, 512),
-        hours=3.7,
-        amounts=PHASES,
-    ),
-    Published(
-        "BERT-base, Hugging Face's, eager, head on all tokens, the whole run",
-        MOSAIC,
-        "a100",
-        8,
-        4096,
-        128,
-        (128,),
-        amounts=(286_720_000,),
-        hours=11.5,
-        model=BASE,
-        mask_rate=1.0,
-    ),
-]
-
-
-def published_row(run: Published) -> Row:
-    """Hours, or sequences per second, predicted and published; the difference is in time."""
-
-    def seconds(length: int, sequences: float) -> float:
-        config = parse_config(
-            f'data = "none"\n[model]\n{run.model}\n'
-            f'[objective]\nkind = "mlm"\nmask_rate = {run.mask_rate}\n'
-            f"[batch]\nsequences = {run.sequences}\nmax_length = {length}\n"
-            f"micro_batch_tokens = {run.micro_batch * run.lengths[0]}\n"
-            '[runtime]\nprecision = "bf16"\n'
-            f'deepspeed = "{ROOT / "fastbert/recipes/ds_config.json"}"\n',
-            run.what,
-        )
-        device = V100 if run.gpu == "v100" else None
-        found = plan(
-            config,
-            run.what,
-            run.gpus,
-            run.gpu,
-            stage=run.stage,
-            vocab_size=run.vocab_size,
-            mean_length=length,
-            device=device,
-        )
-        return sequences / run.sequences * found.step_s
-
-    row: Row = {
-        "run": run.what,
-        "source": run.source,
-        "gpus": f"{run.gpus} x {run.gpu}",
-        "tokens": ", then ".join(map(str, run.lengths)),
-    }
-    if run.hours:
-        hours = sum(map(seconds, run.lengths, run.amounts)) / 3600
-        return row | {
-            "predicted_hours": hours,
-            "published_hours": run.hours,
-            "difference": hours / run.hours - 1,
-        }
-    rate = 1 / seconds(run.lengths[0], 1)
-    return row | {
-        "predicted_per_s": rate,
-        "published_per_s": run.per_second,
-        "difference": run.per_second / rate - 1,
-    }
 
 
 # ------------------------------------------------------------------------------------------- report

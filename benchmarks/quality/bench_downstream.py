@@ -22,7 +22,7 @@ examples and with a seed that is not measured later (the bag of words selects it
 seed); and it selects the best epoch. The test file is evaluated once, with the selected model.
 There are five seeds; a seed changes the examples (where not all are taken), the new layer, dropout
 and order, and for the model from scratch all weights. All models train for the same number of
-steps. Two trials run at a time, each on its own core. A finished trial is kept in
+steps. As many trials run at a time as there are cores. A finished trial is kept in
 FOLDER/downstream-trials.
 """
 
@@ -43,6 +43,7 @@ from concurrent.futures import Executor, ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from benchmarks.harness.children import pretraining
@@ -200,8 +201,7 @@ def bag_of_words(job: Job) -> Row:
     best = max(scores, key=lambda strength: scores[strength])
     places = {label: i for i, label in enumerate(sorted(set(training.labels)))}
     answers, truth = (
-        torch.tensor([places[x] for x in of]).numpy()
-        for of in (fitted[best].predict(test.first), test.labels)
+        np.array([places[x] for x in of]) for of in (fitted[best].predict(test.first), test.labels)
     )
     return {
         "heldout": scores[best],
@@ -228,11 +228,11 @@ def pretrain(dataset: Path, folder: Path) -> Path:
     return made
 
 
-def searched(jobs: Sequence[Job], rows: Sequence[Row]) -> dict[tuple[str, str], float]:
+def searched(rows: Sequence[Row]) -> dict[tuple[str, str], float]:
     """For each task and side, the learning rate with the best score on the held-out part."""
     best: dict[tuple[str, str], Row] = {}
-    for job, row in zip(jobs, rows, strict=True):
-        key = (job.task, job.side)
+    for row in rows:
+        key = (row["task"], row["side"])
         if key not in best or row["heldout"] > best[key]["heldout"]:
             best[key] = row
     return {key: row["lr"] for key, row in best.items()}
@@ -271,7 +271,7 @@ def search(
         for task, (side, model), lr in itertools.product(TASKS, models.items(), extent.rates)
     ]
     rows = results(jobs, kept, pool)
-    return rows, searched(jobs, rows)
+    return rows, searched(rows)
 
 
 def sides(rows: Iterable[Row]) -> list[str]:
@@ -279,22 +279,19 @@ def sides(rows: Iterable[Row]) -> list[str]:
     return [WORDS, *dict.fromkeys(row["side"] for row in rows if row["part"] == "model")]
 
 
+def measured(rows: Iterable[Row]) -> list[Row]:
+    """The trials without those of the search for a learning rate."""
+    return [row for row in rows if row["part"] == "trial" and row["seed"] != SEARCH_SEED]
+
+
 def groups(rows: Sequence[Row]) -> Iterator[tuple[str, int | None, dict[str, list[Row]]]]:
     """The measured trials, grouped by task, number of examples and side."""
-    measured = [row for row in rows if row["part"] == "trial" and row["seed"] != SEARCH_SEED]
-    for task, examples in dict.fromkeys((row["task"], row["examples"]) for row in measured):
-        yield (
-            task,
-            examples,
-            {
-                s: [
-                    r
-                    for r in measured
-                    if (r["task"], r["examples"], r["side"]) == (task, examples, s)
-                ]
-                for s in sides(rows)
-            },
-        )
+    found: dict[tuple[str, int | None], dict[str, list[Row]]] = {}
+    for row in measured(rows):
+        group = found.setdefault((row["task"], row["examples"]), {s: [] for s in sides(rows)})
+        group[row["side"]].append(row)
+    for (task, examples), trials in found.items():
+        yield task, examples, trials
 
 
 def downstream_table(rows: Sequence[Row]) -> str:
@@ -428,15 +425,10 @@ def recorded_rows(path: Path) -> list[Row]:
 
 def comparable(recorded: Sequence[Row], texts: Path, extent: Extent) -> bool:
     """Whether the record's trials have the settings and texts of this run."""
-    trials = {
-        (row["examples"], row["seed"], row["steps"])
-        for row in recorded
-        if row["part"] == "trial" and row["seed"] != SEARCH_SEED
-    }
+    trials = {(row["examples"], row["seed"], row["steps"]) for row in measured(recorded)}
+    wanted = set(itertools.product(extent.examples, extent.seeds, (extent.steps,)))
     tasks = [row for row in recorded if row["part"] == "task"]
-    return trials == set(
-        itertools.product(extent.examples, extent.seeds, (extent.steps,))
-    ) and tasks == [describe_task(texts, task) for task in TASKS]
+    return trials == wanted and tasks == [describe_task(texts, task) for task in TASKS]
 
 
 def models_table(rows: Sequence[Row]) -> str:
@@ -541,11 +533,8 @@ def arguments() -> tuple[argparse.Namespace, list[Row]]:
         parser.error(
             f"--record {given.record}: no such file; recorded ones are in benchmarks/results/"
         )
-    if (
-        not given.record
-        and not given.model
-        and not (given.data and (given.data / "manifest.json").is_file())
-    ):
+    there = given.data and (given.data / "manifest.json").is_file()
+    if not (given.record or given.model or there):
         parser.error(
             f"--data {given.data}: no dataset to pre-train on; "
             "run make data/library-8192/manifest.json to make one, or choose a model with --model"
@@ -606,11 +595,11 @@ def main() -> None:
                 TASKS, extent.examples, (*words, *models), extent.seeds
             )
         ]
-        measured = results(jobs, kept, pool)
+        trials = results(jobs, kept, pool)
     machine = header(torch.device("cpu"))
     described = [describe_model(side, path, machine["commit"]) for side, path in models.items()]
     tasks = [] if recorded else [describe_task(given.texts, task) for task in TASKS]
-    rows = [*recorded, *described, *tasks, *tried, *measured]
+    rows = [*recorded, *described, *tasks, *tried, *trials]
     text = report(rows)
     draw(rows, given.out / "downstream.png")
     Record(machine, rows).write(given.out, "downstream", text)

@@ -43,7 +43,7 @@ from benchmarks.harness.machine import ROOT, header, header_line
 from benchmarks.step.made_up_training import Sizes, made_up_batch, model_config
 from fastbert.config import RunConfig, RuntimeConfig
 from fastbert.models.build import build_model
-from fastbert.planning.plan import count_parameters
+from fastbert.planning.parameters import count_parameters
 from tests.namespaces import Nodes, Unavailable
 
 SIZES = Sizes("mini", 8192, 512, 64)  # preset, V, tokens of a micro-batch, longest sequence

@@ -233,16 +233,15 @@ class _Packer:
         tokens = self.stream.tokens(spans)
         words = self.stream.begins_word(spans) if self.masking.needs_words else None
         seen, chosen = self.masking(tokens, spans.ordinary, spans.keys, words)
-        packed = pack(
-            seen,
-            spans.a_length,
-            spans.b_length,
-            self.special,
-            selected=chosen,
-            labels=tokens[chosen],
-            next_sentence_labels=spans.labels,
-            dropout_seeds=spans.keys,
-            examples=spans.index,
+        packed, slots = pack(seen, spans.a_length, spans.b_length, self.special)
+        # The tensors share the memory of the arrays.
+        packed = replace(
+            packed,
+            masked_positions=torch.from_numpy(slots[chosen]),
+            labels=torch.from_numpy(tokens[chosen]),
+            next_sentence_labels=torch.from_numpy(spans.labels),
+            dropout_seeds=torch.from_numpy(spans.keys),
+            examples=torch.from_numpy(spans.index),
             masked_total=masked_total,
             pairs_total=pairs_total,
         )

@@ -154,29 +154,19 @@ def _words(x: Tensor) -> int:
 
 
 def pack(
-    tokens: np.ndarray,
-    a_length: np.ndarray,
-    b_length: np.ndarray,
-    special: SpecialIds,
-    *,
-    selected: np.ndarray,
-    labels: np.ndarray,
-    next_sentence_labels: np.ndarray,
-    dropout_seeds: np.ndarray,
-    examples: np.ndarray,
-    masked_total: int,
-    pairs_total: int,
-) -> PackedBatch:
-    """Add [CLS] and [SEP] to the segments and pack the sequences.
+    tokens: np.ndarray, a_length: np.ndarray, b_length: np.ndarray, special: SpecialIds
+) -> tuple[PackedBatch, np.ndarray]:
+    """Add [CLS] and [SEP] to the segments and pack the sequences, without labels.
 
     Args:
         tokens: int64 [N], the tokens that the model sees, one segment after another: A of the first
             sequence, its B, A of the second, and so on.
         a_length, b_length: int64 [B], tokens; without B the sequence is [CLS] A [SEP].
         special: ids of [CLS] and [SEP].
-        selected: int64 [M], ascending, the masked positions among the N tokens.
-        labels, next_sentence_labels, dropout_seeds, examples, masked_total, pairs_total: as in
-            PackedBatch. The tensors share the memory of the arrays.
+
+    Returns:
+        The batch, whose examples are numbered from 0; and int64 [N], where each of the N tokens is
+        among its T.
     """
     lengths = a_length + b_length + 2 + (b_length > 0)
     ends = np.cumsum(lengths)
@@ -195,7 +185,7 @@ def pack(
     slots = np.flatnonzero(ordinary)
     input_ids[slots] = tokens
     position_ids = np.arange(total) - np.repeat(starts, lengths)
-    return PackedBatch(
+    packed = PackedBatch(
         input_ids=torch.from_numpy(input_ids),
         token_type_ids=torch.from_numpy(
             (position_ids > np.repeat(a_length + 1, lengths)).astype(np.int64)
@@ -203,14 +193,15 @@ def pack(
         position_ids=torch.from_numpy(position_ids),
         cu_seqlens=torch.from_numpy(np.concatenate([[0], ends]).astype(np.int32)),
         max_seqlen=int(lengths.max(initial=0)),
-        masked_positions=torch.from_numpy(slots[selected]),
-        labels=torch.from_numpy(labels),
-        next_sentence_labels=torch.from_numpy(next_sentence_labels),
-        dropout_seeds=torch.from_numpy(dropout_seeds),
-        examples=torch.from_numpy(examples),
-        masked_total=masked_total,
-        pairs_total=pairs_total,
+        masked_positions=torch.empty(0, dtype=torch.int64),
+        labels=torch.empty(0, dtype=torch.int64),
+        next_sentence_labels=torch.full((len(lengths),), -100),
+        dropout_seeds=torch.zeros(len(lengths), dtype=torch.int64),
+        examples=torch.arange(len(lengths)),
+        masked_total=0,
+        pairs_total=0,
     )
+    return packed, slots
 
 
 def pack_texts(
@@ -235,17 +226,4 @@ def pack_texts(
     a_length, b_length = (
         np.array([len(ids) for ids in texts], np.int64) for texts in (token_ids_a, token_ids_b)
     )
-    nothing = np.empty(0, np.int64)
-    return pack(
-        np.array(tokens, np.int64),
-        a_length,
-        b_length,
-        special,
-        selected=nothing,
-        labels=nothing,
-        next_sentence_labels=np.full(len(a_length), -100),
-        dropout_seeds=np.zeros(len(a_length), np.int64),
-        examples=np.arange(len(a_length)),
-        masked_total=0,
-        pairs_total=0,
-    )
+    return pack(np.array(tokens, np.int64), a_length, b_length, special)[0]

@@ -10,7 +10,8 @@ weight.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from fastbert.config import ModelConfig, RunConfig
@@ -34,30 +35,49 @@ TRITON_WORDS = 1 << 14
 TRITON_ROWS = 128  # tokens of a program there, at least
 
 
+@dataclass(frozen=True)
+class Sharding:
+    """How ZeRO divides weights, gradients and the optimizer's state over GPUs.
+
+    Attributes:
+        stage: the ZeRO stage, 0 to 3.
+        gpus: N.
+        zero: the section `zero_optimization` of DeepSpeed's configuration.
+    """
+
+    stage: int = 1
+    gpus: int = 1
+    zero: Mapping[str, Any] = field(default_factory=dict[str, Any])
+
+    def stays_gathered(self, P: int) -> bool:
+        """Whether stage 3 keeps all P weights from the forward to the backward pass.
+
+        With DeepSpeed's defaults it does so at the sizes of BERT.
+        """
+        return all(
+            int(self.zero.get(key, KEPT)) >= P
+            for key in ("stage3_max_live_parameters", "stage3_max_reuse_distance")
+        )
+
+
 def memory_by_part(
     config: RunConfig,
     vocab_size: int,
-    pack: MicroBatchSize,
+    packs: Sequence[MicroBatchSize],
+    sharding: Sharding,
     *,
-    micro_batches: int = 1,
-    gpus: int = 1,
-    stage: int = 1,
     bf16: bool = True,
     kernels: str = "triton",
-    zero: Mapping[str, Any] | None = None,
     processes: int = 1,
 ) -> dict[str, float]:
     """Return the bytes of tensors on one GPU, by part, at the moment of a step when they peak.
 
     Args:
         vocab_size: V.
-        pack: the largest micro-batch.
-        micro_batches: micro-batches per step on each GPU.
-        gpus: N.
-        stage: the ZeRO stage, 0 to 3.
+        packs: the micro-batches of a step on each GPU, the largest first.
+        sharding: the ZeRO stage and the GPUs.
         bf16: whether weights and activations are bf16; else fp32.
         kernels: "triton" or "cpu".
-        zero: the section `zero_optimization` of DeepSpeed's configuration.
         processes: how many packs are computed at once on a CPU. They share a copy of the weights,
             and each but the first has one of the gradients.
 
@@ -94,12 +114,13 @@ def memory_by_part(
     Source: Rajbhandari et al., 2020, "ZeRO", section 3.1, for the shares; DeepSpeed's code for the
     copies and buckets.
     """
-    zero, model, optimizer = zero or {}, config.model, config.optimizer
+    stage, gpus, zero = sharding.stage, sharding.gpus, sharding.zero
+    model, optimizer, pack = config.model, config.optimizer, packs[0]
     P, D, w = count_parameters(model, vocab_size), model.hidden_size, 2 if bf16 else 4
     own = 4.0 * P / gpus if stage else 4.0 * P
     slots = (1 if optimizer.momentum else 0) if optimizer.name == "sgd" else 2
     single = count_hidden(model) if optimizer.name == "muon" else 0
-    gathered = stage == 3 and gpus > 1 and stay_gathered(zero, P)
+    gathered = stage == 3 and gpus > 1 and sharding.stays_gathered(P)
     always = {
         "weights": w * P / (gpus if stage == 3 else 1),
         "gathered weights": float(gathered * w * P),
@@ -108,11 +129,11 @@ def memory_by_part(
         "shared copies": 4.0 * P * processes if processes > 1 else 0.0,
     }
     gradients = w * P / (gpus if stage >= 2 else 1)
-    earlier = gradients if micro_batches > 1 or stage == 3 else 0.0
+    earlier = gradients if len(packs) > 1 or stage == 3 else 0.0
     bucket = float(w * int(zero.get("reduce_bucket_size", BUCKET))) if stage else 0.0
     if stage in (1, 2) and zero.get("overlap_comm"):
         bucket *= 2  # one fills while the other is sent
-    in_forward = bucket if stage == 3 or (stage == 1 and micro_batches > 1) else 0.0
+    in_forward = bucket if stage == 3 or (stage == 1 and len(packs) > 1) else 0.0
     flat = float(w * min(P, BUCKET)) if stage == 0 and gpus > 1 else 0.0
     kept, again = activation_bytes(model, vocab_size, pack, bf16, kernels), 0.0
     if config.runtime.recompute and model.num_hidden_layers > 1:
@@ -141,7 +162,7 @@ def memory_by_part(
     update = (
         gradients,
         0.0,
-        _update_workspace(optimizer.name, model, P, gpus, stage, w),
+        _update_workspace(optimizer.name, model, P, sharding, w),
         bucket if stage == 3 else flat,
     )
     names = ("gradients", "activations", "temporaries", "buckets")
@@ -150,7 +171,7 @@ def memory_by_part(
 
 
 def _update_workspace(
-    optimizer: str, model: ModelConfig, P: int, gpus: int, stage: int, w: int
+    optimizer: str, model: ModelConfig, P: int, sharding: Sharding, w: int
 ) -> float:
     """Return the bytes that the optimizer's step allocates.
 
@@ -161,6 +182,7 @@ def _update_workspace(
     temporaries. Stages 1 to 3 copy the gradients into a flat buffer, and convert it to fp32. There
     Muon gathers the update.
     """
+    stage, gpus = sharding.stage, sharding.gpus
     share = gpus if stage else 1
     flat = (w + 4.0 * (w == 2)) * P / share if stage else 0.0
     if optimizer == "lamb":
@@ -173,17 +195,6 @@ def _update_workspace(
         gathered = w * hidden if stage and gpus > 1 else 0
         return flat + 4.0 * hidden / share + gathered + 6.0 * w * largest / share
     return flat
-
-
-def stay_gathered(zero: Mapping[str, Any], P: int) -> bool:
-    """Whether stage 3 keeps all P weights from the forward to the backward pass.
-
-    With DeepSpeed's defaults it does so at the sizes of BERT.
-    """
-    return all(
-        int(zero.get(key, KEPT)) >= P
-        for key in ("stage3_max_live_parameters", "stage3_max_reuse_distance")
-    )
 
 
 def _loss_workspace(

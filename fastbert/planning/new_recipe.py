@@ -28,7 +28,7 @@ from fastbert.planning.advise import (
     check_minutes,
 )
 from fastbert.planning.parameters import count_hidden, count_parameters
-from fastbert.planning.plan import CPU, Device, plan, this_machine
+from fastbert.planning.plan import CPU, Device, Hardware, plan, this_machine
 from fastbert.planning.step_speed import measure_speed
 from fastbert.recipe import load_config, packaged_recipes, toml_value
 from fastbert.storage import place
@@ -252,7 +252,7 @@ def _notes(advice: Advice) -> list[str]:
 
 def _hours(dataset: TokenDataset, advice: Advice, device: torch.device) -> dict[str, float | None]:
     """Estimate how long each packaged recipe takes here with this text, in hours."""
-    gpu, here = _this_device(device)
+    here = _this_device(device)
     hours = dict[str, float | None]()
     for name in packaged_recipes():
         # A mixture is counted as if all of it were this text.
@@ -260,19 +260,20 @@ def _hours(dataset: TokenDataset, advice: Advice, device: torch.device) -> dict[
         if isinstance(config.model, BertConfig):  # a ModernBERT has one kind of objective
             kind = advice.config.objective.kind
             config = replace(config, objective=replace(config.objective, kind=kind))
-        total_s = plan(config, name, 1, gpu, device=here, dataset=dataset).total_s
+        total_s = plan(config, name, here, dataset=dataset).total_s
         hours[name] = None if total_s is None else total_s / 3600
     return dict(sorted(hours.items(), key=lambda item: item[1] or math.inf))
 
 
-def _this_device(device: torch.device) -> tuple[str, Device]:
-    """Return the name for `plan`, and the rates of the device that a run would compute on."""
+def _this_device(device: torch.device) -> Hardware:
+    """Return the device that a run would compute on, with its measured rates."""
     if device.type == "cpu":
-        return CPU, this_machine()
+        return Hardware(CPU, device=this_machine())
     rate = measure_gemm_rate(torch.bfloat16, device="cuda")
     bandwidth = measure_bandwidth(device="cuda")
     memory = torch.cuda.get_device_properties(device).total_memory
-    return "this GPU", Device(rate, rate, memory, bandwidth, math.inf, math.inf)
+    measured = Device(rate, rate, memory, bandwidth, math.inf, math.inf)
+    return Hardware("this GPU", device=measured)
 
 
 def _millions(count: float) -> str:

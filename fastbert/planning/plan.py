@@ -39,7 +39,7 @@ from fastbert.machine import (
 )
 from fastbert.planning.activations import MicroBatchSize
 from fastbert.planning.flops import executed_flops, muon_flops, training_flops
-from fastbert.planning.memory import memory_by_part, stay_gathered
+from fastbert.planning.memory import Sharding, memory_by_part
 from fastbert.planning.parameters import count_hidden, count_parameters
 from fastbert.planning.reading import Reading, reading, sample
 from fastbert.presence import status
@@ -72,6 +72,49 @@ class Device:
     link: float
     network: float
     price: float | None = None
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """The GPUs that a run is planned for.
+
+    Attributes:
+        gpu: a name in gpus.toml, in any case, or "cpu" for this machine.
+        gpus: how many; 1 for "cpu".
+        device: rates and sizes of a GPU that is not in gpus.toml, under the name `gpu`. For "cpu",
+            this machine, as the caller has measured it.
+        efficiency: share of the peak that matrix products reach. The default is EFFICIENCY, and 1
+            for a CPU, whose rate is measured.
+        price: US dollars per GPU hour; by default the one in gpus.toml.
+    """
+
+    gpu: str
+    gpus: int = 1
+    device: Device | None = None
+    efficiency: float | None = None
+    price: float | None = None
+
+    @property
+    def name(self) -> str:
+        return self.gpu.lower()
+
+    @property
+    def on_cpu(self) -> bool:
+        return self.name == CPU
+
+    def one_device(self) -> Device:
+        """Return the rates and sizes of one GPU.
+
+        Raises:
+            InputError: its name is unknown.
+        """
+        device = self.device or GPUS.get(self.name)
+        if device is None:
+            known = [*GPUS, CPU]
+            near = difflib.get_close_matches(self.name, known, n=3, cutoff=0.5)
+            hint = f"did you mean {' or '.join(near)}? " if near else ""
+            raise InputError(f"--gpu {self.gpu}: unknown; {hint}known: {', '.join(known)}")
+        return device
 
 
 _FACTS = tomllib.loads((Path(__file__).parent / "gpus.toml").read_text(encoding="utf-8"))
@@ -161,13 +204,7 @@ class Plan:
 
 
 def communication_per_step(
-    parameters: int,
-    gpus: int,
-    stage: int,
-    micro_batches: int,
-    width: int,
-    zero: Mapping[str, Any] | None = None,
-    updates: int = 0,
+    parameters: int, sharding: Sharding, micro_batches: int, width: int, updates: int = 0
 ) -> tuple[float, float]:
     """Return the bytes that one GPU sends in one step, with ring algorithms.
 
@@ -187,11 +224,9 @@ def communication_per_step(
 
     Args:
         parameters: P.
-        gpus: N.
-        stage: the ZeRO stage, 0 to 3.
+        sharding: the ZeRO stage, and N GPUs.
         micro_batches: m.
         width: w, bytes of a value.
-        zero: the section `zero_optimization` of DeepSpeed's configuration.
         updates: values that Muon gathers at stages 1 and 2.
 
     Returns:
@@ -200,9 +235,9 @@ def communication_per_step(
     Source: Rajbhandari et al., 2020, section 7, for the minimum;
     benchmarks/results/communication.txt, measured, for DeepSpeed.
     """
-    zero, m = zero or {}, micro_batches
-    reduced = 2 if zero.get("use_multi_rank_bucket_allreduce", True) else 1
-    gathered = 1 if stay_gathered(zero, parameters) else 2
+    stage, gpus, m = sharding.stage, sharding.gpus, micro_batches
+    reduced = 2 if sharding.zero.get("use_multi_rank_bucket_allreduce", True) else 1
+    gathered = 1 if sharding.stays_gathered(parameters) else 2
     least = (2, 2, m + 1, 3 * m)[stage]
     asked = (2, reduced + 1, reduced * m + 1, (1 + gathered) * m)[stage]
     one_value = width * (gpus - 1) / gpus
@@ -229,45 +264,43 @@ def traffic_bytes(model: ModelConfig, vocab_size: int, pack: MicroBatchSize, w: 
     return float(w * (tokens * layer + 10 * D * pack.tokens + 3 * pack.masked * vocab_size))
 
 
-def update_bytes(parameters: int, gpus: int, stage: int, w: int) -> float:
+def update_bytes(parameters: int, sharding: Sharding, w: int) -> float:
     """Return the bytes that the update moves.
 
     Gradients are copied into buckets (2 w), converted to fp32 and clipped (2 w + 12). AdamW reads
     four tensors and writes three (28). The weights are written out (4 + w).
     """
-    share = parameters / gpus if stage else parameters
+    share = parameters / sharding.gpus if sharding.stage else parameters
     return 2.0 * w * parameters + share * (3 * w + 44)
 
 
 def compute_seconds(
-    model: ModelConfig,
+    config: RunConfig,
     vocab_size: int,
     packs: Sequence[MicroBatchSize],
     device: Device,
+    sharding: Sharding,
     *,
-    gpus: int = 1,
-    stage: int = 1,
     bf16: bool = True,
     on_cpu: bool = False,
     efficiency: float | None = None,
-    muon: bool = False,
-    recompute: bool = False,
 ) -> tuple[float, float, float]:
     """Return the seconds of a step: matrix products, memory traffic, and launches by the host.
 
-    Communication is not included. With `recompute`, traffic and launches of the layers grow by a
-    third, for a second forward pass.
+    Communication is not included. With `runtime.recompute`, traffic and launches of the layers grow
+    by a third, for a second forward pass.
     """
+    model, recompute = config.model, config.runtime.recompute
     w, share = 2 if bf16 and not on_cpu else 4, 1.0 if on_cpu else BANDWIDTH_SHARE
     rate = (device.bf16 if bf16 else device.fp32) * (efficiency or (1.0 if on_cpu else EFFICIENCY))
     products = sum(executed_flops(model, vocab_size, *pack, recompute) for pack in packs)
     again = 4 / 3 if recompute else 1.0
-    if muon:
-        products += muon_flops(model, bf16) / (gpus if stage else 1)
+    if config.optimizer.name == "muon":
+        products += muon_flops(model, bf16) / (sharding.gpus if sharding.stage else 1)
     moved = sum(traffic_bytes(model, vocab_size, pack, w) for pack in packs) * (
         again * (CPU_PASSES if on_cpu else 1)
     )
-    moved += update_bytes(count_parameters(model, vocab_size), gpus, stage, w)
+    moved += update_bytes(count_parameters(model, vocab_size), sharding, w)
     launches = 0.0 if on_cpu else again * len(packs) * model.num_hidden_layers * LAYER_S
     return products / rate, moved / (device.bandwidth * share), launches
 
@@ -318,54 +351,38 @@ class _Step(NamedTuple):
 def plan(
     config: RunConfig,
     recipe: str,
-    gpus: int,
-    gpu: str,
+    hardware: Hardware,
     *,
     stage: int | None = None,
-    efficiency: float | None = None,
     vocab_size: int | None = None,
     mean_length: float | None = None,
-    price: float | None = None,
-    device: Device | None = None,
     dataset: TokenDataset | None = None,
 ) -> Plan:
-    """Estimate a run of `config` on `gpus` GPUs of the kind `gpu`.
+    """Estimate a run of `config`.
 
     Args:
         config: the recipe's settings.
         recipe: the file that `config` came from, named in errors.
-        gpus: number of GPUs; 1 for "cpu".
-        gpu: a name in gpus.toml, in any case, or "cpu".
+        hardware: the GPUs, or this machine.
         stage: the ZeRO stage; by default that of the recipe's DeepSpeed file. This file may be
             missing if `stage` is given.
-        efficiency: share of the peak that matrix products reach. The default is EFFICIENCY, and 1
-            for a CPU, whose rate is measured.
         vocab_size, mean_length: V, and tokens per example; by default those of the recipe's
             dataset, if it exists.
-        price: US dollars per GPU hour; by default the one in gpus.toml.
-        device: a device that is not in gpus.toml, under the name `gpu`. For "cpu", this machine, as
-            the caller has measured it.
         dataset: the recipe's dataset, where the caller has opened it.
 
     Raises:
         InputError: an unknown GPU, a number out of range, more GPUs than sequences, or an invalid
             DeepSpeed file or dataset.
     """
-    name = gpu.lower()
-    device = device or GPUS.get(name)
-    if device is None:
-        known = [*GPUS, CPU]
-        near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-        hint = f"did you mean {' or '.join(near)}? " if near else ""
-        raise InputError(f"--gpu {gpu}: unknown; {hint}known: {', '.join(known)}")
-    on_cpu, phases, whole, config = name == CPU, len(config.phase), config, config.largest
-    _check(config, recipe, gpus, on_cpu, efficiency, stage, mean_length, price)
+    device, gpus, on_cpu = hardware.one_device(), hardware.gpus, hardware.on_cpu
+    phases, whole, config = len(config.phase), config, config.largest
+    _check(config, recipe, hardware, stage, mean_length)
     bf16 = config.runtime.precision == "bf16" or (
         config.runtime.precision == "auto" and (not on_cpu or device.bf16 >= WORTH_IT * device.fp32)
     )
     kernels = "cpu" if on_cpu else "triton"
     weights, w = ("bf16", 2) if bf16 and not on_cpu else ("fp32", 4)
-    efficiency = efficiency or (1.0 if on_cpu else EFFICIENCY)
+    efficiency = hardware.efficiency or (1.0 if on_cpu else EFFICIENCY)
     zero: dict[str, Any] = {}
     if stage is not None:
         check_optimizer(f"--stage {stage}", stage, config.optimizer.name)
@@ -384,23 +401,20 @@ def plan(
             f"all steps are like those of the largest of its {phases} phases, in tokens a step"
         )
 
-    P, muon = count_parameters(config.model, vocab_size), config.optimizer.name == "muon"
-    tokens = float(lengths.sum())
+    P, tokens = count_parameters(config.model, vocab_size), float(lengths.sum())
     peak = device.bf16 if bf16 else device.fp32
     hidden = bool(zero.get("overlap_comm", stage == 3))
 
     def step_on(gpus: int) -> _Step:
         packs = _packs(config, lengths, gpus)
+        sharding = Sharding(stage, gpus, zero)
         needed = partial(
             memory_by_part,
             vocab_size=vocab_size,
-            pack=packs[0],
-            micro_batches=len(packs),
-            gpus=gpus,
-            stage=stage,
+            packs=packs,
+            sharding=sharding,
             bf16=weights == "bf16",
             kernels=kernels,
-            zero=zero,
             processes=processes_for(config.batch.sequences, usable_cores()) if on_cpu else 1,
         )
         recomputed = None
@@ -408,20 +422,17 @@ def plan(
             runtime = replace(config.runtime, recompute=True)
             recomputed = sum(needed(replace(config, runtime=runtime)).values())
         busy = compute_seconds(
-            config.model,
+            config,
             vocab_size,
             packs,
             device,
-            gpus=gpus,
-            stage=stage,
+            sharding,
             bf16=bf16,
             on_cpu=on_cpu,
             efficiency=efficiency,
-            muon=muon,
-            recompute=config.runtime.recompute,
         )
-        updates = count_hidden(config.model) if muon else 0
-        sent = communication_per_step(P, gpus, stage, len(packs), w, zero, updates)
+        updates = count_hidden(config.model) if config.optimizer.name == "muon" else 0
+        sent = communication_per_step(P, sharding, len(packs), w, updates)
         link = device.link if gpus <= GPUS_PER_NODE else min(device.link, device.network)
         return _Step(packs, needed(config), recomputed, *busy, *sent, link, hidden)
 
@@ -429,7 +440,7 @@ def plan(
     step_s = step.seconds
     steps = _steps(config, tokens, epoch, step_s)
     total_s = None if steps is None else steps * step_s
-    price = device.price if price is None else price
+    price = device.price if hardware.price is None else hardware.price
     flops = training_flops(config.model, vocab_size, lengths.tolist(), *_counts(config, lengths))
     assumptions += [
         f"matrix products at {efficiency:.0%} of {peak / 1e12:,.{2 if on_cpu else 0}f} TFLOP/s, "
@@ -454,7 +465,7 @@ def plan(
         parameters=P,
         vocab_size=vocab_size,
         gpus=gpus,
-        gpu=name,
+        gpu=hardware.name,
         precision="bf16" if bf16 else "fp32",
         kernels=kernels,
         zero_stage=stage,
@@ -592,16 +603,14 @@ def _duration(seconds: float) -> str:
 def _check(
     config: RunConfig,
     recipe: str,
-    gpus: int,
-    on_cpu: bool,
-    efficiency: float | None,
+    hardware: Hardware,
     stage: int | None,
     mean_length: float | None,
-    price: float | None,
 ) -> None:
+    gpus, efficiency, price = hardware.gpus, hardware.efficiency, hardware.price
     if gpus < 1:
         raise InputError(f"--gpus {gpus}: must be 1 or more")
-    if on_cpu and gpus > 1:
+    if hardware.on_cpu and gpus > 1:
         raise InputError(f"--gpus {gpus}: --gpu cpu is this machine alone; leave --gpus out")
     batch = config.batch
     if batch.sequences > LARGEST_BATCH:

@@ -228,16 +228,8 @@ def finetune(
         pretrained.model.load_state_dict(start)
         torch.manual_seed(seed)
         model = Classifier(pretrained, max(1, len(task.labels)))
-        epochs, kept = _train(
-            model,
-            task,
-            data,
-            dev_data or test_data,
-            settings,
-            seed,
-            report,
-            follow,
-        )
+        of_trial = dataclasses.replace(settings, seed=seed, seeds=1)
+        epochs, kept = _train(model, task, data, dev_data or test_data, of_trial, report, follow)
         model.load_state_dict(kept)
         answers = task.answers(model, test_data)
         found = task.measure(answers, test_data)
@@ -267,12 +259,15 @@ def _train(
     data: _Encoded,
     watched: _Encoded,
     settings: Settings,
-    seed: int,
     report: Callable[[Epoch], None],
     follow: Follow,
 ) -> tuple[list[Epoch], dict[str, Tensor]]:
-    """Return the epochs, and the weights of the best one, or the last where nothing is held out."""
-    patience = settings.patience
+    """Train with the one seed of `settings`, and measure each epoch on the part that is `watched`.
+
+    Returns:
+        The epochs, and the weights of the best one, or of the last where nothing is held out.
+    """
+    patience, seed = settings.patience, settings.seed
     steps = settings.epochs * -(-len(data) // settings.batch)
     optimizer, schedule = _optimizer(model, settings, steps)
     done: list[Epoch] = []

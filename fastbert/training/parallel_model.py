@@ -36,6 +36,7 @@ import torch
 from torch import Tensor, nn
 
 from fastbert import child
+from fastbert.config import LOSSES
 from fastbert.contention import watch_contention
 from fastbert.data.packing import PackedBatch
 from fastbert.heap import keep_heap
@@ -123,17 +124,21 @@ class _Passes(torch.autograd.Function):
         with torch.enable_grad():
             found = parallel._forward(packs, train=True)
         ctx.parallel, ctx.parameters, ctx.count = parallel, parameters, len(packs)
-        # The outputs of a pack are its two losses, and others that have no gradient.
-        ctx.losses, ctx.size = found[0][:2], len(found[0])
-        ctx.mark_non_differentiable(*(x for outputs in found for x in outputs[2:]))
-        return tuple(x.detach() if i < 2 else x for outputs in found for i, x in enumerate(outputs))
+        # The outputs of a pack are its losses, and others that have no gradient.
+        count = len(LOSSES)
+        ctx.losses, ctx.size = found[0][:count], len(found[0])
+        ctx.mark_non_differentiable(*(x for outputs in found for x in outputs[count:]))
+        return tuple(
+            x.detach() if i < count else x for outputs in found for i, x in enumerate(outputs)
+        )
 
     @staticmethod
     def backward(ctx, *upstream: Tensor):  # type: ignore[override]
-        factors = [upstream[i : i + 2] for i in range(0, len(upstream), ctx.size)]
+        count = len(ctx.losses)
+        factors = [upstream[i : i + count] for i in range(0, len(upstream), ctx.size)]
         at_work = ctx.parallel._children[: ctx.count - 1]
-        for own, both in zip(at_work, factors[1:], strict=True):
-            own.send((_BACKWARD, [float(x) for x in both]))
+        for own, of_pack in zip(at_work, factors[1:], strict=True):
+            own.send((_BACKWARD, [float(x) for x in of_pack]))
         total = _gradients(ctx.losses, ctx.parameters, factors[0])
         for own in at_work:
             own.receive()
@@ -264,7 +269,7 @@ def work() -> None:
                 model.train(training)
                 with torch.set_grad_enabled(train):
                     outputs = model(PackedBatch.from_numpy(values))
-                losses = outputs[:2]
+                losses = outputs[: len(LOSSES)]
                 answer = [x.detach().numpy() for x in outputs]
             else:
                 (factors,) = arguments

@@ -2,7 +2,8 @@
 
 It knows nothing about memory, and changes these operations:
 
-- bf16: handles hold float32 values that are rounded to nearest even when a handle is made;
+- bf16: handles hold float32 values that are rounded to nearest even when a handle is made, unless a
+  cast asks for rounding towards zero;
 - fp8: numbers are rounded to nearest even, too large ones become the largest, and NaN stays NaN;
 - fp16 dot products and sums are computed in fp32;
 - `fma` rounds once;
@@ -60,8 +61,10 @@ class GpuArithmetic(InterpreterBuilder):
             return TensorHandle(wide.astype(np_dtype(target)), target)
         if nearest and (source.is_bf16() or target.is_bf16()):
             return self.cast_impl(src, target)
-        if source.is_bf16() or target.is_bf16():
-            raise NotImplementedError("sanitize: bf16 that is rounded towards zero")
+        if target.is_bf16():
+            return TensorHandle(truncate_bf16(src.data), target)
+        if source.is_bf16():
+            src = TensorHandle(src.data, tl.float32)
         return super().create_fp_to_fp(src, dst_type, rounding_mode)
 
     def binary_op(self, lhs, rhs, op):
@@ -111,6 +114,16 @@ class GpuArithmetic(InterpreterBuilder):
 def round_bf16(data: np.ndarray) -> np.ndarray:
     """Round float32 to nearest even; NaN stays NaN."""
     return torch.from_numpy(np.array(data)).bfloat16().float().numpy()
+
+
+def truncate_bf16(data: np.ndarray) -> np.ndarray:
+    """Round float32 or float64 towards zero; NaN stays NaN."""
+    data = np.asarray(data)
+    with np.errstate(over="ignore"):
+        narrow = data.astype(np.float32)
+    narrow = np.where(np.abs(narrow) > np.abs(data), np.nextafter(narrow, np.float32(0)), narrow)
+    cut = (narrow.view(np.uint32) & np.uint32(0xFFFF0000)).view(np.float32)
+    return np.where(np.isnan(data), np.float32(np.nan), cut)
 
 
 FP8 = {

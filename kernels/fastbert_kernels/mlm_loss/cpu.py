@@ -34,16 +34,16 @@ _IN_CACHE = 1 << 18
 
 def _losses(
     z: Tensor, labels: Tensor, ignored: Tensor, total: float | None
-) -> tuple[Tensor, Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Return the losses [m] of the logits z [m, V], which are correct [m], and the sum of dz [V].
 
-    With `total`, z becomes dz; without, nothing is changed. Loss and gradient share the
-    exponentials.
+    With `total`, z becomes dz; without, z may be overwritten, and the sum is zero. Loss and
+    gradient share the exponentials.
     """
     wide = torch.promote_types(z.dtype, torch.float32)
     losses = torch.empty(len(z), dtype=wide)
     correct = torch.empty(len(z), dtype=torch.bool)
-    dbias = None if total is None else torch.zeros(z.shape[1], dtype=wide)
+    dbias = torch.zeros(z.shape[1], dtype=wide)
     size = max(1, _IN_CACHE * torch.get_num_threads() // z.shape[1])
     for first in range(0, len(z), size):
         part = slice(first, first + size)
