@@ -196,7 +196,7 @@ def test_a_key_of_bert_config_that_is_fixed(key):
 @pytest.mark.parametrize(
     "override",
     [
-        f"batch.sequences={'[' * 100_000}",
+        f"batch.sequences={'[' * 30}{'1, ' * 100}{']' * 30}",
         f"optimizer.lr=1{'0' * 400}",
         f"model={'9' * 4000}",
         f"seed={'1' * 5000}",
@@ -213,7 +213,7 @@ def test_a_long_value_is_not_shown_whole(override):
     "text, words",
     [
         (f"seed = {'1' * 5000}", "not valid TOML: Exceeds the limit (4300 digits)"),
-        (f"run = {'[' * 100_000}{']' * 100_000}", "not valid TOML: maximum recursion depth"),
+        (f"run = {'[' * 100_000}{']' * 100_000}", "values are nested in more than 32 levels"),
         (f"[optimizer]\nlr = 1{'0' * 400}", f"optimizer.lr = 1{'0' * 79}...; must be a number"),
         ("[runtime]\ntimeout_s = 1e30", "runtime.timeout_s = 1e+30; must be 1 or more and 1"),
         ("[order]\nwindow = 1e400", "order.window = inf; must be a whole number"),

@@ -306,6 +306,10 @@ POOLER = "bert.pooler.dense.weight"
         (replace("config.json", b"{"), ["config.json", "JSON"]),
         (replace("config.json", b"\xff\xfe"), ["config.json", "JSON"]),
         (replace("config.json", b"[]"), ["config.json", "model_type = None"]),
+        *(
+            (edit("config.json", **{key: [["x" * 30] * 30]}), [f"{key} = [["])
+            for key in ("model_type", "hidden_act", "hidden_size", "tie_word_embeddings")
+        ),
         (edit("config.json", hidden_act="relu"), ["hidden_act = 'relu'", "'gelu'"]),
         (edit("config.json", hidden_act="gelu_new"), ["hidden_act = 'gelu_new'"]),
         (
@@ -372,6 +376,7 @@ def test_a_broken_hugging_face_folder_is_one_clear_line(hf, breakage, words):
         fastbert.load(hf)
     message = str(caught.value)
     assert message.startswith(str(hf)) and "\n" not in message
+    assert len(message) < 200 + 3 * len(str(hf)), message
     assert all(word in message for word in words), message
 
 

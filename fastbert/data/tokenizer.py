@@ -9,6 +9,7 @@ they always were.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -292,6 +293,9 @@ def _from_json(text: str, file: Path) -> Tokenizer:
         model = settings["model"]
         kind, limit = model["type"], model.get("max_input_chars_per_word", LONGEST_WORD)
         random, complete = model.get("dropout"), len(model["vocab"]) > 0
+        for part in ("normalizer", "pre_tokenizer", "post_processor", "decoder"):
+            if not isinstance(settings.get(part), dict | None):
+                raise TypeError(f"{part} is no object")
     except InputError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -415,9 +419,8 @@ def _with_extra_special(tokenizer: Tokenizer, special: bool) -> str | None:
 def _unique(pairs: list[tuple[str, Any]], file: Path) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) < len(pairs):
-        double = next(
-            name for i, (name, _) in enumerate(pairs) if name in {other for other, _ in pairs[:i]}
-        )
+        counts = Counter(name for name, _ in pairs)
+        double = next(name for name, count in counts.items() if count > 1)
         raise InputError(f"{file}: {double!r} occurs twice; keep one")
     return values
 
