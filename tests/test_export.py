@@ -199,6 +199,15 @@ def test_the_vectors_of_a_sentence_transformers_folder_stay(original, tmp_path, 
         export(fastbert.load(given), tmp_path / "again", TEXTS)
 
 
+def test_the_side_that_the_tokenizer_cuts_stays(original, tmp_path):
+    given = shutil.copytree(original, tmp_path / "given")
+    file = given / "tokenizer_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "truncation_side": "left"}))
+    out = export(fastbert.load(given), tmp_path / "out", TEXTS).out
+    assert AutoTokenizer.from_pretrained(out).truncation_side == "left"
+    assert fastbert.load(out).vectors.keeps_end and not fastbert.load(original).vectors.keeps_end
+
+
 def test_an_encoder_needs_a_pooler(original, tmp_path):
     with pytest.raises(InputError, match="trained without pairs, so it has no pooler"):
         export(

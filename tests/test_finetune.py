@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import json
+import shutil
 import subprocess
 import sys
 import warnings
@@ -498,6 +500,35 @@ def test_what_is_cut_is_counted(folder, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error", LengthWarning)
         finetune(fastbert.load(folder), short, short, None, Settings(1, max_length=16))
+
+
+@pytest.mark.parametrize("second", ["", "a list of names " * 9])
+def test_the_side_that_the_tokenizer_cuts(folder, tmp_path, second):
+    """The label is the last word, which is read only where the beginning is cut."""
+    hf = shutil.copytree(folder, tmp_path / "hf")
+    file = hf / "tokenizer_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "truncation_side": "left"}))
+    texts = [(f"{s} {'is a value and ' * 9}{end}", end) for s in SUBJECTS for end in ("not", "the")]
+    with open(tmp_path / "x.csv", "w", newline="") as rows:
+        writer = csv.writer(rows)
+        writer.writerow(["text", *["text_b"] * bool(second), "label"])
+        writer.writerows([text, *[second] * bool(second), label] for text, label in texts)
+    settings = Settings(epochs=20, lr=3e-3, batch=4, max_length=16)
+    with pytest.warns(LengthWarning, match="10 of 10 examples .*; their beginning is cut; --max"):
+        result = finetune(fastbert.load(hf), *[tmp_path / "x.csv"] * 2, tmp_path / "out", settings)
+    assert result.scores["accuracy"].mean == 1.0
+    with pytest.warns(LengthWarning, match="their end is cut"):
+        result = finetune(
+            fastbert.load(folder), *[tmp_path / "x.csv"] * 2, None, Settings(1, max_length=16)
+        )
+    assert result.scores["accuracy"].mean == 0.5
+    model: Any = BertForSequenceClassification.from_pretrained(tmp_path / "out").eval()
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    pairs = [[text for text, _ in texts], *[[second] * len(texts)] * bool(second)]
+    inputs = tokenizer(*pairs, return_tensors="pt", truncation=True, max_length=16)
+    with torch.no_grad():
+        answers = model(**inputs).logits.argmax(-1).tolist()
+    assert [model.config.id2label[i] for i in answers] == [label for _, label in texts]
 
 
 @pytest.mark.parametrize("labels", [[str(i / 7) for i in range(40)], ["0.5", "1.5"] * 20])

@@ -146,6 +146,7 @@ def write_folder(
     vocab_size: int,
     tokenizer: Tokenizer,
     max_length: int,
+    keeps_end: bool,
     **more: Any,
 ) -> None:
     """Fill an empty folder with what transformers' `from_pretrained` and AutoTokenizer read.
@@ -157,6 +158,7 @@ def write_folder(
         config, vocab_size: the encoder's sizes.
         tokenizer: written as tokenizer.json and its settings.
         max_length: the most tokens of a text, at which AutoTokenizer cuts.
+        keeps_end: it cuts the beginning of a text.
         more: further keys of config.json, such as id2label.
     """
     values = {
@@ -176,6 +178,8 @@ def write_folder(
     file = folder / "tokenizer_config.json"
     settings = json.loads(file.read_text(encoding="utf-8"))
     settings["model_max_length"] = max_length
+    if keeps_end:
+        settings["truncation_side"] = "left"
     if isinstance(config, ModernBertConfig):  # it takes no token types
         settings["model_input_names"] = ["input_ids", "attention_mask"]
     file.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")

@@ -128,6 +128,7 @@ def export(
             pretrained.model.vocab_size,
             pretrained.tokenizer,
             pretrained.max_length,
+            pretrained.vectors.keeps_end,
         )
         vectors = pretrained.vectors
         if vectors.problem is not None:

@@ -32,7 +32,7 @@ from fastbert.models.build import Model
 from fastbert.progress import Follow, unseen
 from fastbert.tasks import scores
 from fastbert.tasks.labelled import Examples, number, read_examples
-from fastbert.tasks.pretrained import Pretrained, first_tokens, fit_pair
+from fastbert.tasks.pretrained import Pretrained, fit, fit_pair
 from fastbert.torch_defaults import torch_defaults
 
 WARMUP = 0.1  # share of the steps; the learning rate then falls linearly to zero
@@ -63,8 +63,8 @@ class Settings:
     Attributes:
         epochs, lr, batch: passes over the file, highest learning rate, examples per step.
         max_length: tokens per example, including special tokens. A longer example is cut at its
-            end, and a pair at the end of its longer text. By default 128, or what the model was
-            trained on where that is less.
+            end, or where the tokenizer says so at its beginning; of a pair its longer text is. By
+            default 128, or what the model was trained on where that is less.
         seed, seeds: the first seed, and the number of seeds. A seed determines order, dropout and
             the initial head. The split is that of the first seed.
         patience: stop when the score on the held-out part has not improved for this many epochs,
@@ -509,9 +509,9 @@ class _Encoded:
 
     def __init__(self, pretrained: Pretrained, task: _Task, examples: Examples, max_length: int):
         first, second = (
-            first_tokens(pretrained.tokenizer, texts, max_length)
-            for texts in (examples.first, examples.second)
+            pretrained.token_ids(texts, max_length) for texts in (examples.first, examples.second)
         )
+        end = pretrained.vectors.keeps_end
         room = max_length - (3 if second else 2)
         lengths = [len(a) + len(b) for a, b in itertools.zip_longest(first, second, fillvalue=[])]
         if cut := sum(length > room for length in lengths):
@@ -519,13 +519,14 @@ class _Encoded:
             more = f"; --max-length may be up to {positions}" if max_length < positions else ""
             warn(
                 f"{examples.file}: {cut:,} of {len(lengths):,} examples are longer than "
-                f"--max-length = {max_length} tokens; their end is cut{more}",
+                f"--max-length = {max_length} tokens; their {'beginning' if end else 'end'} is "
+                f"cut{more}",
                 LengthWarning,
             )
         if second:
-            pairs = [fit_pair(a, b, max_length - 3) for a, b in zip(first, second, strict=True)]
+            pairs = [fit_pair(a, b, room, end) for a, b in zip(first, second, strict=True)]
             first, second = [a for a, _ in pairs], [b for _, b in pairs]
-        self.first, self.second = [a[: max_length - 2] for a in first], second
+        self.first, self.second = [fit(a, max_length - 2, end) for a in first], second
         self.targets = task.targets(examples)
         self.special = pretrained.special
         self.device = pretrained.model.embeddings.word.device
@@ -613,6 +614,7 @@ def _save(
             pretrained.model.vocab_size,
             pretrained.tokenizer,
             max(max_length, pretrained.max_length),
+            pretrained.vectors.keeps_end,
             problem_type="single_label_classification" if task.labels else "regression",
             id2label=dict(enumerate(labels)),
             label2id={label: i for i, label in enumerate(labels)},
