@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
 from scipy.stats import spearmanr
@@ -482,6 +484,29 @@ def test_classes_that_are_numbers_are_in_the_order_of_numbers(folder, tmp_path, 
     assert result.labels == order
     config = json.loads((tmp_path / "out/config.json").read_text())
     assert list(config["id2label"].values()) == order
+
+
+def test_classes_have_the_names_and_the_order_of_a_hugging_face_dataset(folder, tmp_path):
+    """Its numbers are then the ids of the saved model, and F1 is that of the class 1."""
+    names = ["sports", "business", "never"]
+    table = pyarrow.table({"text": ["a list", "a name", "the list"], "label": [0, 1, 0]})
+    metadata = {"info": {"features": {"label": {"names": names, "_type": "ClassLabel"}}}}
+    table = table.replace_schema_metadata({b"huggingface": json.dumps(metadata).encode()})
+    pyarrow.parquet.write_table(table, tmp_path / "x.parquet")
+    test = write_rows(tmp_path / "y.csv", [("one list", "sports"), ("one name", "business")])
+    result = finetune(
+        fastbert.load(folder), tmp_path / "x.parquet", test, tmp_path / "out", Settings(1)
+    )
+    assert result.labels == ["sports", "business"]
+    model: Any = BertForSequenceClassification.from_pretrained(tmp_path / "out")
+    assert model.config.id2label == {0: "sports", 1: "business"}
+    numbers = write_rows(tmp_path / "z.csv", [("one list", "0")])
+    with pytest.raises(InputError, match=r"label '0' does not occur in .*x\.parquet"):
+        finetune(fastbert.load(folder), tmp_path / "x.parquet", numbers, None, Settings(1))
+    result = finetune(
+        fastbert.load(folder), tmp_path / "x.parquet", numbers, None, Settings(1, regression=True)
+    )
+    assert result.labels == []
 
 
 def test_what_is_cut_is_counted(folder, tmp_path):

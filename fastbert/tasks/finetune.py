@@ -211,7 +211,10 @@ def finetune(
     training, test = (
         x if isinstance(x, Examples) else read_examples(x) for x in (train, evaluation)
     )
-    task = _task(training, test, settings)
+    regression = _is_regression(training, settings)
+    if not regression:
+        training, test = training.named(), test.named()
+    task = _task(training, test, settings, regression)
     _warn_of_one_label(test, task)
     _warn_of_shared(training, test)
     held_out = None
@@ -354,11 +357,14 @@ def _check(settings: Settings, pretrained: Pretrained) -> int:
     return max_length
 
 
-def _task(training: Examples, test: Examples, settings: Settings) -> _Task:
+def _is_regression(training: Examples, settings: Settings) -> bool:
+    if settings.regression is None:
+        return training.columns.label == SCORE_COLUMN
+    return settings.regression
+
+
+def _task(training: Examples, test: Examples, settings: Settings, regression: bool) -> _Task:
     """Determine the task, and check that both files fit it."""
-    regression = settings.regression
-    if regression is None:
-        regression = training.columns.label == SCORE_COLUMN
     known = list(scores.OF_NUMBERS if regression else scores.of_classes(2))
     metric = settings.metric or known[0]
     if metric not in known:
@@ -376,7 +382,7 @@ def _task(training: Examples, test: Examples, settings: Settings) -> _Task:
         for examples in (training, test):
             examples.numbers()  # raises with the lines of labels that are not numbers
         return _Task([], metric)
-    labels = _in_order(set(training.labels))
+    labels = _in_order(training)
     if len(labels) < 2:
         raise InputError(f"{training.file}: every label is {labels[0]!r}; two or more are needed")
     _warn_of_alike(training, labels)
@@ -449,8 +455,14 @@ def _warn_of_shared(training: Examples, test: Examples) -> None:
         )
 
 
-def _in_order(labels: set[str]) -> list[str]:
-    """Sort the classes: by number where all are numbers, so that 10 comes after 2, else by text."""
+def _in_order(training: Examples) -> list[str]:
+    """Sort the classes: as the file names them, else by number where all are numbers, else by text.
+
+    By number 10 comes after 2.
+    """
+    labels = set(training.labels)
+    if training.classes:
+        return [label for label in training.classes if label in labels]
     numbers = {label: value for label in labels if (value := number(label)) is not None}
     if len(numbers) < len(labels) or math.inf in map(abs, numbers.values()):
         return sorted(labels)
