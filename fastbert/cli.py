@@ -676,7 +676,7 @@ def finetune(
     ],
     out: Annotated[
         Path | None,
-        typer.Option(help="Save a BertForSequenceClassification in this new folder."),
+        typer.Option(help="Save the model in this new folder, for transformers."),
     ] = None,
     epochs: Annotated[int, typer.Option(help="Number of passes over the training file.")] = 3,
     lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 5e-5,
@@ -728,7 +728,7 @@ def finetune(
 
     check_threads("finetune", usable_cores() + 8)  # pyarrow takes a lack for a damaged file
     training, test = (read_examples(file, text, pair, label) for file in (train, evaluation))
-    from fastbert.tasks.finetune import Epoch, Settings, finetune
+    from fastbert.tasks.finetune import Epoch, Settings, architecture, finetune
     from fastbert.tasks.load import load
 
     settings = Settings(
@@ -772,7 +772,7 @@ def finetune(
     )
     if out is not None:
         print_text(
-            f"{out}: BertForSequenceClassification"
+            f"{out}: {architecture(opened.config)}"
             + (", confusion.png" if (out / "confusion.png").exists() else "")
         )
 

@@ -435,6 +435,10 @@ def test_finetune(inside, tmp_path):
         "seed 1, epoch 2 of 2",
     ]
     assert (tmp_path / "out/model.safetensors").exists()
+    # It is in the form of transformers, and an export would lose the classifier.
+    code, out, err = inside("export", str(tmp_path / "out"), "--out", str(tmp_path / "again"))
+    check_refusal(code, out, err, ["classifier.bias", "copy it", "--encoder"])
+    assert not (tmp_path / "again").exists()
 
 
 def test_plan_reads_the_dataset(inside, small_dataset):

@@ -16,15 +16,21 @@ from transformers import (
     AutoModelForMaskedLM,
     AutoModelForPreTraining,
     AutoTokenizer,
+    BertForQuestionAnswering,
     BertForSequenceClassification,
+    BertForTokenClassification,
     BertModel,
+    ModernBertForSequenceClassification,
 )
 
 import fastbert
 from fastbert.checkpoints.sentence_folder import VectorSettings, write_vector_settings
+from fastbert.data.tokenizer import load_tokenizer
 from fastbert.errors import InputError
 from fastbert.tasks import export as export_file
 from fastbert.tasks.export import ExportError, export, model_card
+from tests.modern_bert import SMALL
+from tests.test_modernbert_folder import make_folder
 
 FILES = [
     "README.md",
@@ -222,7 +228,8 @@ def test_what_has_no_mlm_head_becomes_an_encoder(original, tmp_path, theirs):
     """It gets none with random weights: a folder whose guesses are noise would look trained."""
     theirs.from_pretrained(original).save_pretrained(tmp_path / "tuned")
     shutil.copy(original / "vocab.txt", tmp_path / "tuned")
-    assert export(fastbert.load(tmp_path / "tuned"), tmp_path / "out").architecture == "BertModel"
+    found = export(fastbert.load(tmp_path / "tuned"), tmp_path / "out", encoder=True)
+    assert found.architecture == "BertModel"
     names = load_file(tmp_path / "out/model.safetensors").keys()
     assert any(name.endswith("pooler.dense.weight") for name in names)
     assert not any("cls." in name or "classifier" in name for name in names)
@@ -231,6 +238,30 @@ def test_what_has_no_mlm_head_becomes_an_encoder(original, tmp_path, theirs):
     assert np.array_equal(again.encode(TEXTS), fastbert.load(original).encode(TEXTS))
     with pytest.raises(InputError, match="was not trained on masked tokens"):
         again.fill_mask("A [MASK].")
+
+
+@pytest.mark.parametrize(
+    ("theirs", "name"),
+    [
+        (BertForSequenceClassification, "classifier.bias, classifier.weight"),
+        (BertForTokenClassification, "classifier.bias, classifier.weight"),
+        (BertForQuestionAnswering, "qa_outputs.bias, qa_outputs.weight"),
+        (ModernBertForSequenceClassification, "classifier.bias, classifier.weight"),
+    ],
+)
+@pytest.mark.parametrize("shards", [None, "5KB"])
+def test_a_head_of_another_task_is_not_lost(original, tmp_path, theirs, name, shards):
+    """A fine-tuned folder is one of transformers, and has all that an export would write."""
+    tuned, given = tmp_path / "tuned", original
+    if theirs is ModernBertForSequenceClassification:
+        given = make_folder(tmp_path / "given", SMALL, load_tokenizer(original))
+    model = theirs.from_pretrained(given)
+    model.save_pretrained(tuned, **({"max_shard_size": shards} if shards else {}))
+    shutil.copy(original / "vocab.txt", tuned)
+    assert (tuned / "model.safetensors").exists() == (shards is None)
+    with pytest.raises(InputError, match=f"tuned: the head of a fine-tuned model \\({name}\\) wou"):
+        export(fastbert.load(tuned), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_has_no_head_at_all_is_refused(original, tmp_path):

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from tokenizers import Tokenizer
 from torch import Tensor
@@ -62,6 +62,16 @@ def read_weights(
             f"writes {WEIGHTS}"
         )
     raise InputError(f"{folder}: no {WEIGHTS} in this folder; give a folder that holds a model")
+
+
+def left_out(folder: Path, config: ModelConfig) -> list[str]:
+    """Return the names of the weights that `read_weights` drops: those of heads of other tasks."""
+    files = [WEIGHTS] if is_file(folder / WEIGHTS) else _shards(folder / INDEX)
+    names: list[str] = []
+    for file in files:
+        with safe_open(folder / file, "pt") as weights:
+            names += weights.keys()
+    return sorted(name for name in names if name.startswith(table_of(config).other_tasks))
 
 
 def _load(file: Path) -> dict[str, Tensor]:

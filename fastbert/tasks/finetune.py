@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from fastbert.checkpoints.hugging_face import check_new, new_folder, write_folder
 from fastbert.checkpoints.weight_names import table_of, to_hugging_face
+from fastbert.config import ModelConfig
 from fastbert.data.packing import PackedBatch, pack_texts
 from fastbert.errors import Diverged, InputError, warn
 from fastbert.models.build import Model
@@ -192,7 +193,8 @@ def finetune(
     Args:
         pretrained: the model.
         train, evaluation: files for `read_examples`, or its results.
-        out: a new folder for a BertForSequenceClassification and confusion.png; None saves nothing.
+        out: a new folder for the model, as `architecture` names it, and confusion.png; None saves
+            nothing.
             Of several seeds the best one on the held-out part is saved, or the first one where
             nothing is held out.
         settings: by default `Settings()`.
@@ -603,6 +605,11 @@ def _depth(name: str, encoder: Model) -> int | None:
     return int(name.split(".")[2]) + 1 if name.startswith("encoder.layers.") else layers + 1
 
 
+def architecture(config: ModelConfig) -> str:
+    """Return the class of transformers that a fine-tuned folder is for."""
+    return f"{table_of(config).prefix}ForSequenceClassification"
+
+
 def _save(
     out: str | Path,
     model: Classifier,
@@ -620,7 +627,7 @@ def _save(
     with new_folder(out) as folder:
         write_folder(
             folder,
-            f"{table_of(pretrained.config).prefix}ForSequenceClassification",
+            architecture(pretrained.config),
             state,
             pretrained.config,
             pretrained.model.vocab_size,
