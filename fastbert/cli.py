@@ -26,6 +26,7 @@ from fastbert.command_line import DONE, FAILED, say
 from fastbert.data.sources import FORMATS
 from fastbert.durable import write_new
 from fastbert.errors import InputError
+from fastbert.presence import hub_hint
 from fastbert.printing import (
     console,
     format_hours,
@@ -56,7 +57,7 @@ def _existing_folder(text: str) -> str:
     at = place(text)
     if isinstance(at, Path):
         if not os.path.exists(at):
-            raise typer.BadParameter(f"Directory '{text}' does not exist.")
+            raise typer.BadParameter(f"Directory '{text}' does not exist{hub_hint(text)}.")
         if not os.path.isdir(at):
             raise typer.BadParameter(f"Directory '{text}' is a file.")
     return str(at)

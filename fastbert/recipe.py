@@ -56,6 +56,7 @@ LONGEST_RECIPE = 1 << 20  # characters; 10,000 datasets have room in it
 # square. Keys of a recipe have three parts at most.
 _PART = r"""(?:[\w-]+|"[^"\n]*"|'[^'\n]*')[ \t]*\.[ \t]*"""
 _LONG_KEY = re.compile(rf"(?<![\w-])(?:{_PART}){{{MOST}}}")
+_BARE_POINT = re.compile(r"[+-]?(\.\d+|\d+\.)([eE][+-]?\d+)?")
 SIZE_POWER = re.compile(r"size\^(\d+|\d*\.\d+)")  # of the key `weights`
 
 
@@ -492,9 +493,12 @@ def _value(spec: dataclasses.Field[Any], hint: Any, value: Any, key: str, where:
         if value is None:
             raise wrong(f'bytes, or a number with a unit ({", ".join(SIZE_UNITS)}): "4 GiB"')
     if hint is int and (not isinstance(value, int) or isinstance(value, bool)):
-        raise wrong("a whole number")
+        whole = isinstance(value, float) and value.is_integer()
+        raise wrong(f"a whole number, {int(value)}" if whole else "a whole number")
     if not _is_number(value) or not _is_finite(value):
-        raise wrong("a number")
+        # Of a number, TOML needs a digit on both sides of the point.
+        bare = isinstance(value, str) and _BARE_POINT.fullmatch(value)
+        raise wrong("a number, with a digit before and behind the point" if bare else "a number")
     low, high, above, unit = (spec.metadata[k] for k in ("low", "high", "above", "unit"))
     if value < low or value > high or (above and value == low):
         bound = f"above {low}" if above else f"{low} or more"

@@ -223,6 +223,18 @@ MORE = {
     "prepare: no out": (["prepare", "texts.txt", "--out", ""], ["'--out' is empty"]),
     "embed: no out": (["embed", "hf", "texts.txt", "--out="], ["'--out=' is empty"]),
     "plan: empty": (["plan", "recipe.toml", ""], ["'recipe.toml' is empty"]),
+    "fill: Hub": (
+        ["fill-mask", "google-bert/bert-base", "A [MASK]."],
+        ["does not exist; for a model of the Hub", "`hf download google-bert/bert-base` prints"],
+    ),
+    "prepare: Hub": (
+        ["prepare", "texts.txt", "--out", "new", "--tokenizer", "bert-base"],
+        ["bert-base: no such tokenizer", "`hf download bert-base` prints"],
+    ),
+    "plan: dashes": (
+        ["plan", "recipe.toml", "--optimizer.lr=1e-3"],
+        ["No such option: --optimizer.lr", "no dashes before it: optimizer.lr=VALUE"],
+    ),
     "plan: dataset": (["plan", "recipe.toml", "data=hf", "--stage", "1"], ["hf", "manifest.json"]),
 }
 

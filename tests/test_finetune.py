@@ -501,8 +501,15 @@ def test_classes_have_the_names_and_the_order_of_a_hugging_face_dataset(folder, 
     model: Any = BertForSequenceClassification.from_pretrained(tmp_path / "out")
     assert model.config.id2label == {0: "sports", 1: "business"}
     numbers = write_rows(tmp_path / "z.csv", [("one list", "0")])
-    with pytest.raises(InputError, match=r"label '0' does not occur in .*x\.parquet"):
-        finetune(fastbert.load(folder), tmp_path / "x.parquet", numbers, None, Settings(1))
+    both_numbers = write_rows(tmp_path / "n.csv", [("one list", "0"), ("one name", "1")])
+    # A file without the names, as Dataset.to_csv writes it, on either side.
+    for both in ((tmp_path / "x.parquet", numbers), (both_numbers, tmp_path / "x.parquet")):
+        assert finetune(fastbert.load(folder), *both, None, Settings(1)).labels == names[:2]
+    more = write_rows(tmp_path / "more.csv", [("one list", "3")])
+    with pytest.raises(
+        InputError, match=r"more\.csv: line 2: label '3' does not occur in .*x\.par"
+    ):
+        finetune(fastbert.load(folder), tmp_path / "x.parquet", more, None, Settings(1))
     result = finetune(
         fastbert.load(folder), tmp_path / "x.parquet", numbers, None, Settings(1, regression=True)
     )

@@ -409,13 +409,13 @@ def test_classes_that_hugging_face_numbers_have_their_names(tmp_path, name):
     file = write_table(tmp_path / name, rows, features(FEATURES))
     found = read_examples(file)
     assert (found.labels, found.classes) == (["2", "0", "2"], NAMES)
-    assert found.named().labels == ["business", "world", "business"]
-    assert found.take([1]).named().labels == ["world"]
+    assert found.named(found).labels == ["business", "world", "business"]
+    assert found.take([1]).named(found).labels == ["world"]
     assert found.numbers() == [2, 0, 2]  # of a regression
     nested = [{"row": row} for row in rows]
     file = write_table(tmp_path / name, nested, features({"row": FEATURES}))
     found = read_examples(file, "row.text", None, "row.label")
-    assert found.named().labels == ["business", "world", "business"]
+    assert found.named(found).labels == ["business", "world", "business"]
 
 
 def test_numbers_that_no_class_has(tmp_path):
@@ -453,9 +453,10 @@ def test_numbers_that_no_class_has(tmp_path):
 def test_other_metadata_leaves_the_numbers(tmp_path, metadata):
     rows = [{"text": "a", "label": 1}, {"text": "b", "label": -1}]
     found = read_examples(write_table(tmp_path / "x.parquet", rows, metadata))
-    assert (found.labels, found.classes) == (["1", "-1"], []) and found.named() is found
+    assert (found.labels, found.classes) == (["1", "-1"], []) and found.named(found) is found
 
 
 def test_names_of_classes_beside_strings(tmp_path):
     file = write_table(tmp_path / "x.parquet", [{"text": "a", "label": "0"}], features(FEATURES))
-    assert read_examples(file).named().labels == ["0"]
+    found = read_examples(file)
+    assert found.named(found).labels == ["0"]

@@ -510,6 +510,24 @@ def test_what_is_no_model_at_all(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("name", "hub"),
+    [
+        ("bert-base-uncased", True),
+        ("google-bert/bert-base-uncased", True),
+        ("there/bert", False),  # beside this, a folder has another name
+        ("./bert", False),
+        ("a/b/c", False),
+    ],
+)
+def test_a_name_of_the_hub_is_not_downloaded(tmp_path, monkeypatch, name, hub):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "there").mkdir()
+    with pytest.raises(InputError, match="no such folder") as caught:
+        fastbert.load(name)
+    assert (f"give the folder that `hf download {name}` prints" in str(caught.value)) == hub
+
+
+@pytest.mark.parametrize(
     ("inside", "beside", "words"),
     [
         ("snapshots/0123abc", "refs/main", r"models are in it: snapshots/0123abc; give the folder"),

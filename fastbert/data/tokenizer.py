@@ -30,7 +30,7 @@ from fastbert.data.manifest import SpecialIds
 from fastbert.data.token_roles import BERT_TOKENS, TokenRoles, roles_of
 from fastbert.data.tokenizer_class import apply_settings
 from fastbert.errors import InputError
-from fastbert.presence import is_file, is_folder
+from fastbert.presence import hub_hint, is_file, is_folder
 from fastbert.regular_file import read_text
 
 LONGEST_WORD = 100  # characters; WordPiece makes a longer one [UNK]
@@ -129,6 +129,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     except FileNotFoundError:
         raise InputError(
             f"{path}: no such tokenizer; give the folder of a tokenizer, or a vocab.txt"
+            + hub_hint(path)
         ) from None
     except OSError as error:
         raise InputError(f"{file}: cannot be read: {error.strerror}") from None

@@ -215,7 +215,7 @@ def finetune(
     )
     regression = _is_regression(training, settings)
     if not regression:
-        training, test = training.named(), test.named()
+        training, test = training.named(test), test.named(training)
     task = _task(training, test, settings, regression)
     _warn_of_one_label(test, task)
     _warn_of_shared(training, test)

@@ -78,11 +78,18 @@ class Examples:
         lines = [self.lines[i] for i in rows]
         return Examples(self.file, self.columns, first, second, labels, lines, self.classes)
 
-    def named(self) -> Examples:
-        """Return the same with names of classes for labels, where the file gives them."""
-        if not self.classes:
+    def named(self, other: Examples) -> Examples:
+        """Return the same with names of classes for labels, where one of two files gives them.
+
+        A file without names has numbers where it was made from the same dataset, such as by
+        `Dataset.to_csv`.
+        """
+        classes = self.classes or other.classes
+        names = {str(number): name for number, name in enumerate(classes)}
+        if not names or not set(self.labels) <= names.keys():
             return self
-        return replace(self, labels=[self.classes[int(label)] for label in self.labels])
+        labels = [names[label] for label in self.labels]
+        return replace(self, labels=labels, classes=classes)
 
     def numbers(self) -> list[float]:
         """Return the labels as numbers.
