@@ -85,6 +85,17 @@ Overrides = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
 
 
+def _check_alone(verb: str) -> None:
+    """Raise InputError where a launcher has started several processes for one process's work."""
+    from fastbert.cluster.launch_env import launched
+
+    if launched():
+        raise InputError(
+            f"{verb} runs in one process, and WORLD_SIZE = {os.environ['WORLD_SIZE']} says that a "
+            "launcher has started more; start it without the launcher, or unset WORLD_SIZE"
+        )
+
+
 def _check_stays(key: str, at: Place) -> None:
     """Raise InputError for a URL whose objects are gone when this process ends."""
     if isinstance(at, Url) and at.scheme == "memory":
@@ -515,6 +526,7 @@ def export(
     """
     from fastbert.checkpoints.hugging_face import check_new
 
+    _check_alone("export")
     check_new(out)
     from fastbert.tasks.export import ExportError, export
     from fastbert.tasks.load import load
@@ -634,6 +646,7 @@ def embed(
     """Compute one vector for each text of a file."""
     from fastbert.tasks.embed import check_out, embed, source_of
 
+    _check_alone("embed")
     source = source_of(file, text_format)
     writer = check_out(out, source)
     from fastbert.tasks.load import load
@@ -727,6 +740,7 @@ def finetune(
     from fastbert.machine import check_threads, usable_cores
     from fastbert.tasks.labelled import read_examples
 
+    _check_alone("finetune")
     check_threads("finetune", usable_cores() + 8)  # pyarrow takes a lack for a damaged file
     training, test = (read_examples(file, text, pair, label) for file in (train, evaluation))
     from fastbert.tasks.finetune import Epoch, Settings, architecture, finetune

@@ -290,7 +290,7 @@ def test_the_card_says_what_text_it_was(run, original, small_dataset, tmp_path):
     assert f"The dataset `{small_dataset.path}` (manifest SHA-256 `{small_dataset.sha256}`)" in card
     gone = model_card(fastbert.load(make_run(tmp_path, original)), "BertForPreTraining", "my-bert")
     assert (
-        "The dataset `nowhere`" in gone and "no longer existed" in gone and "| train |" not in gone
+        "The dataset `nowhere`" in gone and "was not found when" in gone and "| train |" not in gone
     )
 
 

@@ -113,6 +113,12 @@ def test_it_learns_and_transformers_agrees(folder, files: tuple[Path, Path], tmp
     assert encoder.heads == set()
 
 
+def files_apart(folder: Path) -> Path:
+    """Labelled texts that no other file has."""
+    (folder / "z.csv").write_text("text,label\nsome list,1\nsome name,0\n")
+    return folder / "z.csv"
+
+
 def test_examples_that_look_wrong_are_said(folder, files: tuple[Path, Path], tmp_path):
     def warned(train: str, evaluation: str | Path) -> list[str]:
         (tmp_path / "x.csv").write_text(train, encoding="utf-8")
@@ -132,6 +138,11 @@ def test_examples_that_look_wrong_are_said(folder, files: tuple[Path, Path], tmp
     alike = warned(rows + "a value,1.0\na module,Yes\na type,yes\n", tmp_path / "y.csv")
     assert len(alike) == 3 and "the labels '1' and '1.0' are two classes here" in alike[0]
     assert "'Yes' and 'yes'" in alike[1]
+    (two,) = warned(rows + "the list,0\na class,1\nthe list,0\n", files_apart(tmp_path))
+    assert two.startswith(f"{tmp_path / 'x.csv'}: 1 text has several labels, as in the lines 2 and")
+    (two,) = warned(rows + "the list,0\nthe name,1\n", files_apart(tmp_path))
+    assert "2 texts have several labels" in two
+    assert not warned(rows + "the list,1\n", files_apart(tmp_path))
     assert not warned(files[0].read_text(encoding="utf-8"), files[1])
 
 

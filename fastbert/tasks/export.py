@@ -400,7 +400,7 @@ def _data(pretrained: Pretrained) -> list[str]:
         said = f"The dataset `{source.path}` (manifest SHA-256 `{digest}`)"
         lines += [""] if lines else []
         if dataset is None:
-            lines.append(f"{said}; it no longer existed when this folder was written.")
+            lines.append(f"{said}; it was not found when this folder was written.")
             continue
         rows = []
         for name in ("train", "heldout"):

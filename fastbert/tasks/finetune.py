@@ -388,6 +388,7 @@ def _task(training: Examples, test: Examples, settings: Settings, regression: bo
     if len(labels) < 2:
         raise InputError(f"{training.file}: every label is {labels[0]!r}; two or more are needed")
     _warn_of_alike(training, labels)
+    _warn_of_contradictions(training)
     if settings.regression is None:
         _warn_of_fractions(training, labels)
     strange = [
@@ -419,6 +420,28 @@ def _warn_of_alike(training: Examples, labels: Sequence[str]) -> None:
             )
 
 
+def _warn_of_contradictions(training: Examples) -> None:
+    """Warn where the same example has several labels, one of which at most can be learned."""
+    first: dict[tuple[str, ...], int] = {}
+    unlike: dict[tuple[str, ...], tuple[int, int]] = {}
+    for row, texts in enumerate(_examples(training)):
+        before = first.setdefault(texts, row)
+        if training.labels[before] != training.labels[row]:
+            unlike.setdefault(texts, (training.lines[before], training.lines[row]))
+    if unlike:
+        (one, two), count = next(iter(unlike.values())), len(unlike)
+        warn(
+            f"{training.file}: {count:,} text{'s have' if count > 1 else ' has'} several labels, "
+            f"as in the {training.unit}s {one:,} and {two:,}; at most one of them can be learned",
+            DataWarning,
+        )
+
+
+def _examples(part: Examples) -> Iterator[tuple[str, ...]]:
+    """Yield the text or the two texts of each example."""
+    return zip(part.first, part.second, strict=True) if part.second else zip(part.first)
+
+
 def _warn_of_fractions(training: Examples, labels: Sequence[str]) -> None:
     """Warn where classes look like measurements: all are numbers, and one is no whole number."""
     values = {label: number(label) for label in labels}
@@ -445,13 +468,10 @@ def _warn_of_one_label(test: Examples, task: _Task) -> None:
 
 def _warn_of_shared(training: Examples, test: Examples) -> None:
     """Warn where examples of the evaluation were trained on."""
-    seen, asked = (
-        list(itertools.zip_longest(part.first, part.second)) for part in (training, test)
-    )
-    known = set(seen)
-    if shared := sum(texts in known for texts in asked):
+    known = set(_examples(training))
+    if shared := sum(texts in known for texts in _examples(test)):
         warn(
-            f"{test.file}: {shared:,} of {len(asked):,} texts are also in {training.file}; "
+            f"{test.file}: {shared:,} of {len(test):,} texts are also in {training.file}; "
             "the scores are better than for new texts",
             DataWarning,
         )
