@@ -549,21 +549,20 @@ def test_what_is_cut_is_counted(folder, tmp_path):
 def test_the_side_that_the_tokenizer_cuts(folder, tmp_path, second):
     """The label is the last word, which is read only where the beginning is cut."""
     hf = shutil.copytree(folder, tmp_path / "hf")
-    file = hf / "tokenizer_config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), "truncation_side": "left"}))
+    config = hf / "tokenizer_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "truncation_side": "left"}))
     texts = [(f"{s} {'is a value and ' * 9}{end}", end) for s in SUBJECTS for end in ("not", "the")]
-    with open(tmp_path / "x.csv", "w", newline="") as rows:
+    file = tmp_path / "x.csv"
+    with open(file, "w", newline="") as rows:
         writer = csv.writer(rows)
         writer.writerow(["text", *["text_b"] * bool(second), "label"])
         writer.writerows([text, *[second] * bool(second), label] for text, label in texts)
     settings = Settings(epochs=20, lr=3e-3, batch=4, max_length=16)
     with pytest.warns(LengthWarning, match="10 of 10 examples .*; their beginning is cut; --max"):
-        result = finetune(fastbert.load(hf), *[tmp_path / "x.csv"] * 2, tmp_path / "out", settings)
+        result = finetune(fastbert.load(hf), file, file, tmp_path / "out", settings)
     assert result.scores["accuracy"].mean == 1.0
     with pytest.warns(LengthWarning, match="their end is cut"):
-        result = finetune(
-            fastbert.load(folder), *[tmp_path / "x.csv"] * 2, None, Settings(1, max_length=16)
-        )
+        result = finetune(fastbert.load(folder), file, file, None, Settings(1, max_length=16))
     assert result.scores["accuracy"].mean == 0.5
     model: Any = BertForSequenceClassification.from_pretrained(tmp_path / "out").eval()
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
