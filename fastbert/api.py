@@ -200,8 +200,9 @@ def _pretrain(
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     keep_heap()
     from fastbert.cluster.signals import StopRequest
-    from fastbert.recipe import load_config
+    from fastbert.recipe import OVERRIDES, check_nesting, load_config
 
+    check_nesting([overrides, tables], OVERRIDES)
     if twice := sorted(_keys(overrides) & _keys(tables)):
         raise InputError(f"overrides: {twice[0]} is given twice; remove one")
     with StopRequest() as stop_request:  # from here on a signal means: stop after this step

@@ -26,6 +26,7 @@ from fastbert.command_line import DONE, FAILED, say
 from fastbert.data.sources import FORMATS
 from fastbert.durable import write_new
 from fastbert.errors import InputError
+from fastbert.presence import hub_hint
 from fastbert.printing import (
     console,
     format_hours,
@@ -56,7 +57,7 @@ def _existing_folder(text: str) -> str:
     at = place(text)
     if isinstance(at, Path):
         if not os.path.exists(at):
-            raise typer.BadParameter(f"Directory '{text}' does not exist.")
+            raise typer.BadParameter(f"Directory '{text}' does not exist{hub_hint(text)}.")
         if not os.path.isdir(at):
             raise typer.BadParameter(f"Directory '{text}' is a file.")
     return str(at)
@@ -82,6 +83,17 @@ Overrides = Annotated[
     typer.Argument(metavar="key=value", help="Settings that override the recipe's."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
+
+
+def _check_alone(verb: str) -> None:
+    """Raise InputError where a launcher has started several processes for one process's work."""
+    from fastbert.cluster.launch_env import launched
+
+    if launched():
+        raise InputError(
+            f"{verb} runs in one process, and WORLD_SIZE = {os.environ['WORLD_SIZE']} says that a "
+            "launcher has started more; start it without the launcher, or unset WORLD_SIZE"
+        )
 
 
 def _check_stays(key: str, at: Place) -> None:
@@ -514,6 +526,7 @@ def export(
     """
     from fastbert.checkpoints.hugging_face import check_new
 
+    _check_alone("export")
     check_new(out)
     from fastbert.tasks.export import ExportError, export
     from fastbert.tasks.load import load
@@ -633,6 +646,7 @@ def embed(
     """Compute one vector for each text of a file."""
     from fastbert.tasks.embed import check_out, embed, source_of
 
+    _check_alone("embed")
     source = source_of(file, text_format)
     writer = check_out(out, source)
     from fastbert.tasks.load import load
@@ -676,7 +690,7 @@ def finetune(
     ],
     out: Annotated[
         Path | None,
-        typer.Option(help="Save a BertForSequenceClassification in this new folder."),
+        typer.Option(help="Save the model in this new folder, for transformers."),
     ] = None,
     epochs: Annotated[int, typer.Option(help="Number of passes over the training file.")] = 3,
     lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 5e-5,
@@ -726,9 +740,10 @@ def finetune(
     from fastbert.machine import check_threads, usable_cores
     from fastbert.tasks.labelled import read_examples
 
+    _check_alone("finetune")
     check_threads("finetune", usable_cores() + 8)  # pyarrow takes a lack for a damaged file
     training, test = (read_examples(file, text, pair, label) for file in (train, evaluation))
-    from fastbert.tasks.finetune import Epoch, Settings, finetune
+    from fastbert.tasks.finetune import Epoch, Settings, architecture, finetune
     from fastbert.tasks.load import load
 
     settings = Settings(
@@ -772,7 +787,7 @@ def finetune(
     )
     if out is not None:
         print_text(
-            f"{out}: BertForSequenceClassification"
+            f"{out}: {architecture(opened.config)}"
             + (", confusion.png" if (out / "confusion.png").exists() else "")
         )
 

@@ -79,6 +79,7 @@ def _check_not_empty(arguments: Sequence[str]) -> None:
             )
 
 
+_SETTING = re.compile(r"No such option: --([a-z_]+\.[a-z_.]+)")
 _OPTION_AT_HOME = re.compile("^(--[a-z-]+=)(~.*)")
 
 
@@ -136,9 +137,11 @@ def run(app: Any, arguments: Sequence[str]) -> int:
         message, context = getattr(error, "format_message", None), getattr(error, "ctx", None)
         if message is None:
             raise
+        said = " ".join(message().split()).rstrip(".")
+        if found := _SETTING.search(said):
+            said += f"; a setting has no dashes before it: {found[1]}=VALUE"
         return say(
-            f"{' '.join(message().split()).rstrip('.')}; "
-            f"see {context.command_path if context else 'fastbert'} --help",
+            f"{said}; see {context.command_path if context else 'fastbert'} --help",
             BAD_INPUT,
         )
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from fastbert.errors import InputError
 
 # The beginning of a URL; as a path it has lost one of its slashes.
+_HUB_NAME = re.compile(r"([A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*")
 _REMOTE = re.compile(r"([a-z][a-z0-9+.-]+):/")
 
 
@@ -45,6 +46,13 @@ def status(path: Path) -> os.stat_result | None:
         return None
     except (OSError, ValueError) as error:
         raise unreadable(path, error) from None
+
+
+def hub_hint(name: str | Path) -> str:
+    """Return what to do where a missing folder has the name of a model of the Hub, else ""."""
+    if not _HUB_NAME.fullmatch(str(name)) or ("/" in str(name) and Path(name).parent.exists()):
+        return ""
+    return f"; for a model of the Hub, give the folder that `hf download {name}` prints"
 
 
 def is_folder(path: Path) -> bool:

@@ -35,6 +35,7 @@ from fastbert.config import (
     size_of,
 )
 from fastbert.errors import InputError
+from fastbert.nesting import MOST, is_too_deep
 from fastbert.recipe_checks import check_config
 from fastbert.regular_file import read_text
 from fastbert.storage import Place, as_text, expanded, is_url, place, read
@@ -50,9 +51,13 @@ DEEPSPEED = PACKAGED / "ds_config.json"  # DeepSpeed's settings where a recipe n
 COMMAND_LINE = "command line"  # in messages: where a value came from
 OVERRIDES = "overrides"
 LONGEST_VALUE = 80  # characters of a wrong value that a message shows
+LONGEST_RECIPE = 1 << 20  # characters; 10,000 datasets have room in it
+# A dotted key of more parts than that; the memory that the parser takes for one grows with their
+# square. Keys of a recipe have three parts at most.
+_PART = r"""(?:[\w-]+|"[^"\n]*"|'[^'\n]*')[ \t]*\.[ \t]*"""
+_LONG_KEY = re.compile(rf"(?<![\w-])(?:{_PART}){{{MOST}}}")
+_BARE_POINT = re.compile(r"[+-]?(\.\d+|\d+\.)([eE][+-]?\d+)?")
 SIZE_POWER = re.compile(r"size\^(\d+|\d*\.\d+)")  # of the key `weights`
-# What the parser raises, also for a number of 5,000 digits and for deeply nested brackets.
-NOT_TOML = (ValueError, RecursionError)
 
 
 def packaged_recipes() -> list[str]:
@@ -109,11 +114,13 @@ def load_config(
     sources: dict[str, str] = {}
     if isinstance(recipe, Mapping):
         source = "recipe"
+        check_nesting(recipe, source)
         _merge(values, recipe, "", source, sources)
     else:
         source = str(recipe)
         values = _read(place(source) if is_url(source) else find_recipe(recipe), source)
     if isinstance(overrides, Mapping):
+        check_nesting(overrides, OVERRIDES)
         _merge(values, overrides, "", OVERRIDES, sources)
     else:
         for override in overrides:
@@ -126,22 +133,57 @@ def load_config(
 def _read(at: Place, name: str) -> dict[str, Any]:
     """The tables of a TOML file; `name` is the one to show in messages."""
     try:
-        return tomllib.loads(read_text(at) if isinstance(at, Path) else read(at).decode())
+        text = read_text(at) if isinstance(at, Path) else read(at).decode()
     except OSError as error:
         raise InputError(f"{name}: cannot be read as a recipe: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise InputError(f"{name}: not UTF-8 ({error}); save it as UTF-8") from None
-    except NOT_TOML as error:
+    return _parse(text, name)
+
+
+def _parse(text: str, name: str) -> dict[str, Any]:
+    """The tables of TOML; `name` is the file to show in messages."""
+    if len(text) > LONGEST_RECIPE:
+        raise InputError(
+            f"{name}: {len(text):,} characters, and a recipe has {LONGEST_RECIPE:,} at most; give "
+            "the file of a recipe"
+        )
+    _check_keys(text, name)
+    try:
+        values = tomllib.loads(text)
+    except ValueError as error:  # also for a number of 5,000 digits
         raise InputError(f"{name}: not valid TOML: {error}") from None
+    except RecursionError:
+        raise _too_deep(name) from None
+    check_nesting(values, name)
+    return values
+
+
+def _check_keys(text: str, name: str) -> None:
+    """Raise InputError where a key has more parts than the parser can take."""
+    if found := _LONG_KEY.search(text):
+        raise InputError(
+            f"{name}: the key {found[0][:40]}... has more than {MOST} parts; keys of a recipe "
+            "have three at most, such as model.hidden_size"
+        )
+
+
+def check_nesting(values: Any, name: str) -> None:
+    """Raise InputError where values are nested more deeply than in any recipe."""
+    if is_too_deep(values):
+        raise _too_deep(name)
+
+
+def _too_deep(name: str) -> InputError:
+    return InputError(
+        f"{name}: values are nested in more than {MOST} levels; a recipe has tables, and lists of "
+        "tables"
+    )
 
 
 def parse_config(text: str, source: str) -> RunConfig:
     """Read a recipe from a string; `source` is where it is from, for messages."""
-    try:
-        values = tomllib.loads(text)
-    except NOT_TOML as error:
-        raise InputError(f"{source}: not valid TOML: {error}") from None
-    return _build(values, source, {})
+    return _build(_parse(text, source), source, {})
 
 
 def dump_config(config: RunConfig) -> str:
@@ -188,6 +230,7 @@ def toml_value(value: Any) -> str:
 
 def _apply(values: dict[str, Any], override: str, sources: dict[str, str]) -> None:
     """Apply one `key=value` of the command line."""
+    _check_keys(override, COMMAND_LINE)
     key, equals, text = override.partition("=")
     key = key.strip()
     if not equals or not key:
@@ -197,14 +240,17 @@ def _apply(values: dict[str, Any], override: str, sources: dict[str, str]) -> No
         )
     try:
         value, *others = tomllib.loads(f"value = {text}").values()
-    except NOT_TOML:
+    except ValueError:
         value = text.strip()  # a bare word: run=runs/demo needs no quotes
         others = value.splitlines()[1:]
+    except RecursionError:
+        raise _too_deep(f"{COMMAND_LINE}: {key}") from None
     if others:
         raise InputError(
             f"{COMMAND_LINE}: {_shown(override)} has several lines; give each setting as an "
             "argument of its own"
         )
+    check_nesting(value, f"{COMMAND_LINE}: {key}")
     _set(values, key, value, COMMAND_LINE, sources)
 
 
@@ -447,9 +493,12 @@ def _value(spec: dataclasses.Field[Any], hint: Any, value: Any, key: str, where:
         if value is None:
             raise wrong(f'bytes, or a number with a unit ({", ".join(SIZE_UNITS)}): "4 GiB"')
     if hint is int and (not isinstance(value, int) or isinstance(value, bool)):
-        raise wrong("a whole number")
+        whole = isinstance(value, float) and value.is_integer()
+        raise wrong(f"a whole number, {int(value)}" if whole else "a whole number")
     if not _is_number(value) or not _is_finite(value):
-        raise wrong("a number")
+        # Of a number, TOML needs a digit on both sides of the point.
+        bare = isinstance(value, str) and _BARE_POINT.fullmatch(value)
+        raise wrong("a number, with a digit before and behind the point" if bare else "a number")
     low, high, above, unit = (spec.metadata[k] for k in ("low", "high", "above", "unit"))
     if value < low or value > high or (above and value == low):
         bound = f"above {low}" if above else f"{low} or more"

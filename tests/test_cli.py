@@ -165,7 +165,7 @@ MORE = {
     "prepare: taken": (["prepare", "texts.txt", "--out", "hf"], ["hf"]),
     "init: no dataset": (
         ["init", "nowhere", "--minutes", "5", "--out", "new.toml"],
-        ["nowhere: no such dataset", "fastbert prepare"],
+        ["nowhere: no such dataset below /", "fastbert prepare"],
     ),
     **{
         f"init: {minutes} minutes": (
@@ -223,6 +223,18 @@ MORE = {
     "prepare: no out": (["prepare", "texts.txt", "--out", ""], ["'--out' is empty"]),
     "embed: no out": (["embed", "hf", "texts.txt", "--out="], ["'--out=' is empty"]),
     "plan: empty": (["plan", "recipe.toml", ""], ["'recipe.toml' is empty"]),
+    "fill: Hub": (
+        ["fill-mask", "google-bert/bert-base", "A [MASK]."],
+        ["does not exist; for a model of the Hub", "`hf download google-bert/bert-base` prints"],
+    ),
+    "prepare: Hub": (
+        ["prepare", "texts.txt", "--out", "new", "--tokenizer", "bert-base"],
+        ["bert-base: no such tokenizer", "`hf download bert-base` prints"],
+    ),
+    "plan: dashes": (
+        ["plan", "recipe.toml", "--optimizer.lr=1e-3"],
+        ["No such option: --optimizer.lr", "no dashes before it: optimizer.lr=VALUE"],
+    ),
     "plan: dataset": (["plan", "recipe.toml", "data=hf", "--stage", "1"], ["hf", "manifest.json"]),
 }
 
@@ -435,6 +447,27 @@ def test_finetune(inside, tmp_path):
         "seed 1, epoch 2 of 2",
     ]
     assert (tmp_path / "out/model.safetensors").exists()
+    # It is in the form of transformers, and an export would lose the classifier.
+    code, out, err = inside("export", str(tmp_path / "out"), "--out", str(tmp_path / "again"))
+    check_refusal(code, out, err, ["classifier.bias", "copy it", "--encoder"])
+    assert not (tmp_path / "again").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["finetune", "hf", "--train", "train.csv", "--eval", "eval.csv", "--out", "new"],
+        ["embed", "hf", "texts.txt", "--out", "new.npy"],
+        ["export", "hf", "--out", "new"],
+    ],
+)
+def test_what_one_process_does_is_not_done_by_every_rank(inside, monkeypatch, place, arguments):
+    """All would write the same result, and all but one fail at the end."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    check_refusal(*inside(*arguments), [f"{arguments[0]} runs in one", "2 says", "without the lau"])
+    assert not (place / arguments[-1]).exists()
+    monkeypatch.setenv("LOCAL_RANK", "1")  # the line is said once
+    assert inside(*arguments) == (2, "", "")
 
 
 def test_plan_reads_the_dataset(inside, small_dataset):

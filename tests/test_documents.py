@@ -245,6 +245,15 @@ def test_a_folder_of_save_to_disk(tmp_path: Path) -> None:
     assert list(read_documents([tmp_path / "plain"])) == [row["text"] for row in rows]
     sources, left_out = find_sources([tmp_path / "plain"])
     assert len(sources) == 3 and [item.reason for item in left_out] == ["a cache of datasets"]
+    # The folder of the Hub's cache has no state.json, and what `map` and `filter` left.
+    for name in (f"cache-{'0a' * 8}", f"cache-{'0a' * 8}_00000_of_00004", "wiki-train", "cache-en"):
+        table = pyarrow.table({"text": [name]})
+        (tmp_path / "hub").mkdir(exist_ok=True)
+        with pyarrow.ipc.new_stream(str(tmp_path / "hub" / f"{name}.arrow"), table.schema) as out:
+            out.write_table(table)
+    assert list(read_documents([tmp_path / "hub"])) == ["cache-en", "wiki-train"]
+    _, left_out = find_sources([tmp_path / "hub"])
+    assert [item.reason for item in left_out] == ["a cache of datasets"] * 2
     found = read_documents([tmp_path / "plain"], text_field="doc.body")
     assert list(found) == [row["doc"]["body"] for row in rows]
     shuffled = dataset.shuffle(seed=3).select(range(20))
@@ -632,6 +641,7 @@ def broken(tmp_path: Path) -> dict[str, tuple[Path | str, dict[str, str], list[s
         ),
         "folder": (folder, {}, ["folder", ".jsonl", ".parquet"]),
         "device": (Path(os.devnull), {"text_format": "txt"}, [os.devnull, "not a regular file"]),
+        "stdin": (Path("-"), {}, ["-: no such file", "standard input cannot be read"]),
     }
 
 

@@ -327,6 +327,24 @@ def test_rubbish_is_one_line(tmp_path, content):
     assert refused(tmp_path, content).startswith("ds.json: ")
 
 
+@pytest.mark.parametrize("levels", [40, 300, 900, 985])
+@pytest.mark.parametrize(("begin", "end"), [("[", "]"), ('{"a": ', "}")])
+@pytest.mark.parametrize(
+    "key", ["optimizer", "zero_optimization", "wandb", "train_batch_size", "x"]
+)
+def test_values_of_any_depth_are_one_line(tmp_path, key, begin, end, levels):
+    value = begin * levels + ("1" if begin != "[" else "") + end * levels
+    assert refused(tmp_path, f'{{"{key}": {value}}}').startswith("ds.json: values are nested in m")
+
+
+def test_the_key_that_is_there_twice_is_found_among_many(tmp_path):
+    """In time that grows with the number of keys, and not with its square."""
+    keys = ", ".join(f'"k{i}": 1' for i in range(200_000))
+    assert refused(tmp_path, f'{{{keys}, "bf16": {{}}, "bf16": {{}}}}').startswith(
+        "ds.json: key 'bf16' is there twice"
+    )
+
+
 def test_a_missing_file_names_the_recipe():
     config = RunConfig(data="dataset", runtime=RuntimeConfig(deepspeed="no/such.json"))
     with pytest.raises(

@@ -16,15 +16,21 @@ from transformers import (
     AutoModelForMaskedLM,
     AutoModelForPreTraining,
     AutoTokenizer,
+    BertForQuestionAnswering,
     BertForSequenceClassification,
+    BertForTokenClassification,
     BertModel,
+    ModernBertForSequenceClassification,
 )
 
 import fastbert
 from fastbert.checkpoints.sentence_folder import VectorSettings, write_vector_settings
+from fastbert.data.tokenizer import load_tokenizer
 from fastbert.errors import InputError
 from fastbert.tasks import export as export_file
 from fastbert.tasks.export import ExportError, export, model_card
+from tests.modern_bert import SMALL
+from tests.test_modernbert_folder import make_folder
 
 FILES = [
     "README.md",
@@ -199,6 +205,15 @@ def test_the_vectors_of_a_sentence_transformers_folder_stay(original, tmp_path, 
         export(fastbert.load(given), tmp_path / "again", TEXTS)
 
 
+def test_the_side_that_the_tokenizer_cuts_stays(original, tmp_path):
+    given = shutil.copytree(original, tmp_path / "given")
+    file = given / "tokenizer_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "truncation_side": "left"}))
+    out = export(fastbert.load(given), tmp_path / "out", TEXTS).out
+    assert AutoTokenizer.from_pretrained(out).truncation_side == "left"
+    assert fastbert.load(out).vectors.keeps_end and not fastbert.load(original).vectors.keeps_end
+
+
 def test_an_encoder_needs_a_pooler(original, tmp_path):
     with pytest.raises(InputError, match="trained without pairs, so it has no pooler"):
         export(
@@ -213,7 +228,8 @@ def test_what_has_no_mlm_head_becomes_an_encoder(original, tmp_path, theirs):
     """It gets none with random weights: a folder whose guesses are noise would look trained."""
     theirs.from_pretrained(original).save_pretrained(tmp_path / "tuned")
     shutil.copy(original / "vocab.txt", tmp_path / "tuned")
-    assert export(fastbert.load(tmp_path / "tuned"), tmp_path / "out").architecture == "BertModel"
+    found = export(fastbert.load(tmp_path / "tuned"), tmp_path / "out", encoder=True)
+    assert found.architecture == "BertModel"
     names = load_file(tmp_path / "out/model.safetensors").keys()
     assert any(name.endswith("pooler.dense.weight") for name in names)
     assert not any("cls." in name or "classifier" in name for name in names)
@@ -222,6 +238,30 @@ def test_what_has_no_mlm_head_becomes_an_encoder(original, tmp_path, theirs):
     assert np.array_equal(again.encode(TEXTS), fastbert.load(original).encode(TEXTS))
     with pytest.raises(InputError, match="was not trained on masked tokens"):
         again.fill_mask("A [MASK].")
+
+
+@pytest.mark.parametrize(
+    ("theirs", "name"),
+    [
+        (BertForSequenceClassification, "classifier.bias, classifier.weight"),
+        (BertForTokenClassification, "classifier.bias, classifier.weight"),
+        (BertForQuestionAnswering, "qa_outputs.bias, qa_outputs.weight"),
+        (ModernBertForSequenceClassification, "classifier.bias, classifier.weight"),
+    ],
+)
+@pytest.mark.parametrize("shards", [None, "5KB"])
+def test_a_head_of_another_task_is_not_lost(original, tmp_path, theirs, name, shards):
+    """A fine-tuned folder is one of transformers, and has all that an export would write."""
+    tuned, given = tmp_path / "tuned", original
+    if theirs is ModernBertForSequenceClassification:
+        given = make_folder(tmp_path / "given", SMALL, load_tokenizer(original))
+    model = theirs.from_pretrained(given)
+    model.save_pretrained(tuned, **({"max_shard_size": shards} if shards else {}))
+    shutil.copy(original / "vocab.txt", tuned)
+    assert (tuned / "model.safetensors").exists() == (shards is None)
+    with pytest.raises(InputError, match=f"tuned: the head of a fine-tuned model \\({name}\\) wou"):
+        export(fastbert.load(tuned), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_has_no_head_at_all_is_refused(original, tmp_path):
@@ -250,7 +290,7 @@ def test_the_card_says_what_text_it_was(run, original, small_dataset, tmp_path):
     assert f"The dataset `{small_dataset.path}` (manifest SHA-256 `{small_dataset.sha256}`)" in card
     gone = model_card(fastbert.load(make_run(tmp_path, original)), "BertForPreTraining", "my-bert")
     assert (
-        "The dataset `nowhere`" in gone and "no longer existed" in gone and "| train |" not in gone
+        "The dataset `nowhere`" in gone and "was not found when" in gone and "| train |" not in gone
     )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -67,9 +69,20 @@ def test_next_sentence_is_that_of_transformers_cut_in_the_same_way(folder, stock
     assert fastbert.load(folder).next_sentence(*pair) == pytest.approx(expected, rel=1e-4)
 
 
-def test_a_long_pair_is_cut_with_a_message(folder):
-    with pytest.warns(TextCutWarning, match="longer than the 29 tokens"):
-        fastbert.load(folder).next_sentence("list " * 40, "names " * 40)
+@pytest.mark.parametrize(("side", "lost"), [("right", "rest"), ("left", "beginning")])
+def test_a_long_pair_is_cut_with_a_message(folder, tmp_path, stock, side, lost):
+    """On the side that the tokenizer names, as with transformers."""
+    model, _ = stock
+    hf = shutil.copytree(folder, tmp_path / "hf")
+    file = hf / "tokenizer_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "truncation_side": side}))
+    tokenizer = AutoTokenizer.from_pretrained(hf)
+    for pair in (("A list is a sequence " * 9, "Objects. " * 9), ("A", "list of names " * 40)):
+        with torch.no_grad():
+            inputs = tokenizer(*pair, return_tensors="pt", truncation=True, max_length=32)
+            expected = model(**inputs).seq_relationship_logits.softmax(-1)[0, 0].item()
+        with pytest.warns(TextCutWarning, match=f"longer than the 29 tokens .*; the {lost} is cut"):
+            assert fastbert.load(hf).next_sentence(*pair) == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -86,6 +99,8 @@ def test_a_long_pair_is_cut_with_a_message(folder):
 def test_fit_pair_takes_from_the_longer(a, b, kept):
     first, second = fit_pair(list(range(a)), list(range(b)), 10)
     assert (first, second) == (list(range(kept[0])), list(range(kept[1])))
+    ends = fit_pair(list(range(a)), list(range(b)), 10, keeps_end=True)
+    assert ends == (list(range(a - kept[0], a)), list(range(b - kept[1], b)))
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import json
+import shutil
 import subprocess
 import sys
 import warnings
@@ -11,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
 from scipy.stats import spearmanr
@@ -109,6 +113,12 @@ def test_it_learns_and_transformers_agrees(folder, files: tuple[Path, Path], tmp
     assert encoder.heads == set()
 
 
+def files_apart(folder: Path) -> Path:
+    """Labelled texts that no other file has."""
+    (folder / "z.csv").write_text("text,label\nsome list,1\nsome name,0\n")
+    return folder / "z.csv"
+
+
 def test_examples_that_look_wrong_are_said(folder, files: tuple[Path, Path], tmp_path):
     def warned(train: str, evaluation: str | Path) -> list[str]:
         (tmp_path / "x.csv").write_text(train, encoding="utf-8")
@@ -128,6 +138,11 @@ def test_examples_that_look_wrong_are_said(folder, files: tuple[Path, Path], tmp
     alike = warned(rows + "a value,1.0\na module,Yes\na type,yes\n", tmp_path / "y.csv")
     assert len(alike) == 3 and "the labels '1' and '1.0' are two classes here" in alike[0]
     assert "'Yes' and 'yes'" in alike[1]
+    (two,) = warned(rows + "the list,0\na class,1\nthe list,0\n", files_apart(tmp_path))
+    assert two.startswith(f"{tmp_path / 'x.csv'}: 1 text has several labels, as in the lines 2 and")
+    (two,) = warned(rows + "the list,0\nthe name,1\n", files_apart(tmp_path))
+    assert "2 texts have several labels" in two
+    assert not warned(rows + "the list,1\n", files_apart(tmp_path))
     assert not warned(files[0].read_text(encoding="utf-8"), files[1])
 
 
@@ -482,6 +497,36 @@ def test_classes_that_are_numbers_are_in_the_order_of_numbers(folder, tmp_path, 
     assert list(config["id2label"].values()) == order
 
 
+def test_classes_have_the_names_and_the_order_of_a_hugging_face_dataset(folder, tmp_path):
+    """Its numbers are then the ids of the saved model, and F1 is that of the class 1."""
+    names = ["sports", "business", "never"]
+    table = pyarrow.table({"text": ["a list", "a name", "the list"], "label": [0, 1, 0]})
+    metadata = {"info": {"features": {"label": {"names": names, "_type": "ClassLabel"}}}}
+    table = table.replace_schema_metadata({b"huggingface": json.dumps(metadata).encode()})
+    pyarrow.parquet.write_table(table, tmp_path / "x.parquet")
+    test = write_rows(tmp_path / "y.csv", [("one list", "sports"), ("one name", "business")])
+    result = finetune(
+        fastbert.load(folder), tmp_path / "x.parquet", test, tmp_path / "out", Settings(1)
+    )
+    assert result.labels == ["sports", "business"]
+    model: Any = BertForSequenceClassification.from_pretrained(tmp_path / "out")
+    assert model.config.id2label == {0: "sports", 1: "business"}
+    numbers = write_rows(tmp_path / "z.csv", [("one list", "0")])
+    both_numbers = write_rows(tmp_path / "n.csv", [("one list", "0"), ("one name", "1")])
+    # A file without the names, as Dataset.to_csv writes it, on either side.
+    for both in ((tmp_path / "x.parquet", numbers), (both_numbers, tmp_path / "x.parquet")):
+        assert finetune(fastbert.load(folder), *both, None, Settings(1)).labels == names[:2]
+    more = write_rows(tmp_path / "more.csv", [("one list", "3")])
+    with pytest.raises(
+        InputError, match=r"more\.csv: line 2: label '3' does not occur in .*x\.par"
+    ):
+        finetune(fastbert.load(folder), tmp_path / "x.parquet", more, None, Settings(1))
+    result = finetune(
+        fastbert.load(folder), tmp_path / "x.parquet", numbers, None, Settings(1, regression=True)
+    )
+    assert result.labels == []
+
+
 def test_what_is_cut_is_counted(folder, tmp_path):
     long = "the list is a name and " * 5
     file = write_rows(tmp_path / "a.csv", [(long, "x"), ("a list", "y"), (long * 3, "y")])
@@ -498,6 +543,34 @@ def test_what_is_cut_is_counted(folder, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error", LengthWarning)
         finetune(fastbert.load(folder), short, short, None, Settings(1, max_length=16))
+
+
+@pytest.mark.parametrize("second", ["", "a list of names " * 9])
+def test_the_side_that_the_tokenizer_cuts(folder, tmp_path, second):
+    """The label is the last word, which is read only where the beginning is cut."""
+    hf = shutil.copytree(folder, tmp_path / "hf")
+    config = hf / "tokenizer_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "truncation_side": "left"}))
+    texts = [(f"{s} {'is a value and ' * 9}{end}", end) for s in SUBJECTS for end in ("not", "the")]
+    file = tmp_path / "x.csv"
+    with open(file, "w", newline="") as rows:
+        writer = csv.writer(rows)
+        writer.writerow(["text", *["text_b"] * bool(second), "label"])
+        writer.writerows([text, *[second] * bool(second), label] for text, label in texts)
+    settings = Settings(epochs=20, lr=3e-3, batch=4, max_length=16)
+    with pytest.warns(LengthWarning, match="10 of 10 examples .*; their beginning is cut; --max"):
+        result = finetune(fastbert.load(hf), file, file, tmp_path / "out", settings)
+    assert result.scores["accuracy"].mean == 1.0
+    with pytest.warns(LengthWarning, match="their end is cut"):
+        result = finetune(fastbert.load(folder), file, file, None, Settings(1, max_length=16))
+    assert result.scores["accuracy"].mean == 0.5
+    model: Any = BertForSequenceClassification.from_pretrained(tmp_path / "out").eval()
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    pairs = [[text for text, _ in texts], *[[second] * len(texts)] * bool(second)]
+    inputs = tokenizer(*pairs, return_tensors="pt", truncation=True, max_length=16)
+    with torch.no_grad():
+        answers = model(**inputs).logits.argmax(-1).tolist()
+    assert [model.config.id2label[i] for i in answers] == [label for _, label in texts]
 
 
 @pytest.mark.parametrize("labels", [[str(i / 7) for i in range(40)], ["0.5", "1.5"] * 20])

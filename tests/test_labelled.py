@@ -375,3 +375,88 @@ def test_rubbish_is_read_or_refused(tmp_path_factory, suffix, data):
         assert str(error).startswith(str(file)) and len(str(error).splitlines()) == 1
     else:
         assert len(found.first) == len(found.labels) == len(found.lines) > 0 and all(found.labels)
+
+
+NAMES = ["world", "sports", "business"]
+FEATURES = {
+    "text": {"dtype": "string", "_type": "Value"},
+    "label": {"names": NAMES, "_type": "ClassLabel"},
+}
+
+
+def write_table(file: Path, rows: list[dict], metadata: bytes | None) -> Path:
+    table = pyarrow.Table.from_pylist(rows)
+    if metadata is not None:
+        table = table.replace_schema_metadata({b"huggingface": metadata})
+    if file.suffix == ".parquet":
+        pyarrow.parquet.write_table(table, file)
+    elif file.name == "stream.arrow":
+        with pyarrow.ipc.new_stream(file, table.schema) as out:
+            out.write_table(table)
+    else:
+        with pyarrow.ipc.new_file(file, table.schema) as out:
+            out.write_table(table)
+    return file
+
+
+def features(found: object) -> bytes:
+    return json.dumps({"info": {"features": found}}).encode()
+
+
+@pytest.mark.parametrize("name", ["x.parquet", "stream.arrow", "file.arrow"])
+def test_classes_that_hugging_face_numbers_have_their_names(tmp_path, name):
+    rows = [{"text": "a", "label": 2}, {"text": "b", "label": 0}, {"text": "c", "label": 2}]
+    file = write_table(tmp_path / name, rows, features(FEATURES))
+    found = read_examples(file)
+    assert (found.labels, found.classes) == (["2", "0", "2"], NAMES)
+    assert found.named(found).labels == ["business", "world", "business"]
+    assert found.take([1]).named(found).labels == ["world"]
+    assert found.numbers() == [2, 0, 2]  # of a regression
+    nested = [{"row": row} for row in rows]
+    file = write_table(tmp_path / name, nested, features({"row": FEATURES}))
+    found = read_examples(file, "row.text", None, "row.label")
+    assert found.named(found).labels == ["business", "world", "business"]
+
+
+def test_numbers_that_no_class_has(tmp_path):
+    rows = [{"text": "a", "label": label} for label in (0, -1, 3, None)]
+    file = write_table(tmp_path / "x.parquet", rows, features(FEATURES))
+    with pytest.raises(
+        InputError,
+        match=r"3 bad rows: row 2: label is -1, which stands for no label; the file names the "
+        r"classes 0 to 2; row 3: label is 3; the file names the classes 0 to 2; row 4: label is em",
+    ):
+        read_examples(file)
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        None,
+        b"",
+        b"\xff",
+        b"[" * 100_000,
+        b"[]",
+        b'{"info": null}',
+        features([{"name": "label", "dtype": {"class_label": {"names": {"0": "a"}}}}]),
+        features({"label": {"dtype": "int64", "_type": "Value"}}),
+        features({"label": [FEATURES["label"]]}),
+        features({"label": {"feature": FEATURES["label"], "_type": "Sequence"}}),
+        features({"label": {"num_classes": 3, "_type": "ClassLabel"}}),
+        *(
+            features({"label": {"names": names, "_type": "ClassLabel"}})
+            for names in (None, 3, "ab", {"0": "a"}, [0, 1], ["a", None], ["a", "a "], ["", "b"])
+        ),
+        features({"text": FEATURES["text"]}),
+    ],
+)
+def test_other_metadata_leaves_the_numbers(tmp_path, metadata):
+    rows = [{"text": "a", "label": 1}, {"text": "b", "label": -1}]
+    found = read_examples(write_table(tmp_path / "x.parquet", rows, metadata))
+    assert (found.labels, found.classes) == (["1", "-1"], []) and found.named(found) is found
+
+
+def test_names_of_classes_beside_strings(tmp_path):
+    file = write_table(tmp_path / "x.parquet", [{"text": "a", "label": "0"}], features(FEATURES))
+    found = read_examples(file)
+    assert found.named(found).labels == ["0"]

@@ -232,10 +232,20 @@ def test_long_texts_are_cut_and_said_so_once(original):
         np.testing.assert_allclose(model.encode([kept]), vectors[:1], atol=1e-5)
 
 
+def in_the_config(side: str):
+    return edit("tokenizer_config.json", truncation_side=side)
+
+
+def in_the_tokenizer(side: str):
+    truncation = {"direction": side.title(), "max_length": 9, "strategy": "LongestFirst"}
+    return edit("tokenizer.json", truncation={**truncation, "stride": 0})
+
+
+@pytest.mark.parametrize("said", [in_the_config, in_the_tokenizer])
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_the_side_that_a_tokenizer_cuts(hf, side):
+def test_the_side_that_a_tokenizer_cuts(hf, side, said):
     """As with transformers, whose AutoTokenizer follows the same setting."""
-    edit("tokenizer_config.json", truncation_side=side)(hf)
+    said(side)(hf)
     model, theirs = fastbert.load(hf), AutoTokenizer.from_pretrained(hf)
     texts = [" ".join(TEXTS) * 5, "a short text", " ".join(reversed(TEXTS)) * 5]
     with pytest.warns(TextCutWarning, match="2 of 3 texts"):
@@ -243,6 +253,13 @@ def test_the_side_that_a_tokenizer_cuts(hf, side):
     wanted = theirs(texts, truncation=True, max_length=model.max_length)["input_ids"]
     assert [[model.special.cls, *found, model.special.sep] for found in ids] == wanted
     assert len(wanted[0]) == model.max_length > len(wanted[1])
+
+
+def test_one_of_two_settings_of_the_side(hf):
+    in_the_tokenizer("left")(hf)
+    in_the_config("right")(hf)
+    assert AutoTokenizer.from_pretrained(hf).truncation_side == "right"
+    assert not fastbert.load(hf).vectors.keeps_end
 
 
 def test_a_word_of_more_than_100_characters_is_unknown_unless_it_has_spaces(original):
@@ -306,6 +323,10 @@ POOLER = "bert.pooler.dense.weight"
         (replace("config.json", b"{"), ["config.json", "JSON"]),
         (replace("config.json", b"\xff\xfe"), ["config.json", "JSON"]),
         (replace("config.json", b"[]"), ["config.json", "model_type = None"]),
+        *(
+            (edit("config.json", **{key: [["x" * 30] * 30]}), [f"{key} = [["])
+            for key in ("model_type", "hidden_act", "hidden_size", "tie_word_embeddings")
+        ),
         (edit("config.json", hidden_act="relu"), ["hidden_act = 'relu'", "'gelu'"]),
         (edit("config.json", hidden_act="gelu_new"), ["hidden_act = 'gelu_new'"]),
         (
@@ -372,6 +393,7 @@ def test_a_broken_hugging_face_folder_is_one_clear_line(hf, breakage, words):
         fastbert.load(hf)
     message = str(caught.value)
     assert message.startswith(str(hf)) and "\n" not in message
+    assert len(message) < 200 + 3 * len(str(hf)), message
     assert all(word in message for word in words), message
 
 
@@ -485,6 +507,24 @@ def test_what_is_no_model_at_all(tmp_path):
     ]:
         with pytest.raises(InputError, match=f"{path}: .*{words}"):
             fastbert.load(tmp_path / path)
+
+
+@pytest.mark.parametrize(
+    ("name", "hub"),
+    [
+        ("bert-base-uncased", True),
+        ("google-bert/bert-base-uncased", True),
+        ("there/bert", False),  # beside this, a folder has another name
+        ("./bert", False),
+        ("a/b/c", False),
+    ],
+)
+def test_a_name_of_the_hub_is_not_downloaded(tmp_path, monkeypatch, name, hub):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "there").mkdir()
+    with pytest.raises(InputError, match="no such folder") as caught:
+        fastbert.load(name)
+    assert (f"give the folder that `hf download {name}` prints" in str(caught.value)) == hub
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ import torch
 import transformers
 
 import fastbert
+from fastbert.cli import run as run_inside
 from fastbert.data.tokenizer import load_tokenizer
 from fastbert.errors import InputError
 from fastbert.recipe import load_config
@@ -57,6 +58,15 @@ def test_fine_tuning_learns_and_transformers_agrees(files, tmp_path, small_datas
     with torch.no_grad():
         states = model.model(**stock(text, return_tensors="pt")).last_hidden_state[0]
     np.testing.assert_allclose(again.hidden_states([text])[0][-1], states, rtol=1e-4, atol=1e-4)
+
+
+def test_fine_tuning_names_the_class_of_transformers(files, tmp_path, folder, capsys):
+    data = ["--train", str(files[0]), "--eval", str(files[1])]
+    out = tmp_path / "out"
+    assert run_inside(["finetune", str(folder), *data, "--epochs", "1", "--out", str(out)]) == 0
+    (name,) = json.loads((out / "config.json").read_text())["architectures"]
+    assert name == "ModernBertForSequenceClassification"
+    assert f"out: {name}, confusion.png" in capsys.readouterr().out.replace("\n", "")
 
 
 def test_a_longer_context_than_trained_is_warned_about(files, tmp_path, folder):

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+import fastbert
 from fastbert.errors import InputError
 from fastbert.recipe import dump_config, load_config, parse_config
 
@@ -113,3 +114,71 @@ def test_what_contradicts_itself_is_one_line(changes: dict[str, Any], message: s
     with pytest.raises(InputError) as error:
         load_config(BASE, changes)
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+LONG = ".".join(["a"] * 100_000)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"{LONG} = 1",
+        f"[{LONG}]",
+        f"[[{LONG}]]",
+        f"run = {{{LONG} = 1}}",
+        LONG.replace(".", " . ") + " = 1",
+        '"' + LONG.replace(".", '"."') + '" = 1',
+        "'" + LONG.replace(".", "'.'") + "' = 1",
+    ],
+)
+def test_a_key_of_any_length_is_refused_before_it_is_parsed(text: str, tmp_path: Path):
+    """tomllib takes memory that grows with the square of its parts."""
+    file = tmp_path / "r.toml"
+    file.write_text(f'data = "x"\n{text}\n')
+    with pytest.raises(InputError, match=r"r\.toml: the key .* has more than 32 parts; keys of a"):
+        load_config(file)
+    with pytest.raises(InputError, match=r"^m: the key"):
+        parse_config(text, "m")
+    if not text.startswith("["):
+        with pytest.raises(InputError, match=r"^command line: the key") as caught:
+            load_config(BASE, [text])
+        assert len(str(caught.value)) < 200
+
+
+@pytest.mark.parametrize("levels", [40, 300, 900, 985, 3000, 100_000])
+@pytest.mark.parametrize(("begin", "end"), [("[", "]"), ("{a = ", "}")])
+def test_values_of_any_depth_are_one_line(levels: int, begin: str, end: str):
+    value = begin * levels + ("1" if begin != "[" else "") + end * levels
+    for key in ("data", "batch.sequences", "model.hidden_size", "model.type", "weights", "x"):
+        with pytest.raises(InputError) as caught:
+            parse_config(f"{key} = {value}", "r.toml")
+        assert len(str(caught.value)) < 200 and str(caught.value).startswith("r.toml: ")
+        with pytest.raises(InputError) as caught:
+            load_config(BASE, [f"{key} = {value}"])
+        assert len(str(caught.value)) < 200 and "\n" not in str(caught.value)
+    made: Any = 1
+    for _ in range(levels):
+        made = [made] if begin == "[" else {"a": made}
+    with pytest.raises(InputError, match=r"^overrides: values are nested in more than 32 levels"):
+        load_config(BASE, {"batch": {"sequences": made}})
+    with pytest.raises(InputError, match=r"^overrides: values are nested"):
+        fastbert.pretrain(BASE, batch={"sequences": made})
+    with pytest.raises(InputError, match=r"^recipe: values are nested"):
+        load_config({**BASE, "batch": made})
+
+
+def test_a_value_that_holds_itself():
+    endless: dict[str, Any] = {}
+    endless["batch"] = endless
+    with pytest.raises(InputError, match=r"^overrides: values are nested"):
+        fastbert.pretrain(BASE, endless)
+
+
+def test_a_file_that_is_no_recipe(tmp_path: Path):
+    file = tmp_path / "r.toml"
+    file.write_text('data = "' + "x" * (1 << 20) + '"')
+    with pytest.raises(InputError, match=r"r\.toml: 1,048,585 characters, and a recipe has 1,048"):
+        load_config(file)
+    # Many datasets, and paths with many dots, are none of that.
+    listed = ", ".join(f'{{path = "{"../" * 50}v1.{i}"}}' for i in range(2000))
+    assert len(parse_config(f"data = [{listed}]", "r").sources) == 2000

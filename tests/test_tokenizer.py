@@ -291,6 +291,10 @@ def without(token: str) -> Any:
         (changed("model", "dropout", value=0.1), ["dropout = 0.1"]),
         (changed("pre_tokenizer", value={"type": "None"}), ["not a valid tokenizer"]),
         *(
+            (changed(part, value=[]), ["not the file of a tokenizer", f"{part} is no object"])
+            for part in ("normalizer", "pre_tokenizer", "post_processor", "decoder")
+        ),
+        *(
             (
                 changed("model", "max_input_chars_per_word", value=value),
                 ["max_input_chars_per_word", "from 1 to 1,000"],

@@ -175,3 +175,16 @@ def test_a_wrong_file_is_one_clear_line(change, words):
     message = str(caught.value)
     assert message.startswith("x.safetensors: ") and "\n" not in message
     assert all(word in message for word in words), message
+
+
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "0.auto_model.", "model.encoder."])
+def test_a_model_inside_another_one_is_named(prefix):
+    """As torch.compile, DistributedDataParallel and Lightning leave the names."""
+    whole, bare = stock(), stock(StockEncoder)
+    for state in (whole, bare):
+        wrapped = {prefix + name: tensor for name, tensor in state.items()}
+        with pytest.raises(InputError, match=f"missing; .*; the names begin with '{prefix}', as "):
+            read(wrapped)
+        short = {name: t for name, t in state.items() if "layer.1." not in name}
+        with pytest.raises(InputError, match=r"of 2 layers$"):
+            read(short)

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from tokenizers import Tokenizer
 from torch import Tensor
@@ -62,6 +62,16 @@ def read_weights(
             f"writes {WEIGHTS}"
         )
     raise InputError(f"{folder}: no {WEIGHTS} in this folder; give a folder that holds a model")
+
+
+def left_out(folder: Path, config: ModelConfig) -> list[str]:
+    """Return the names of the weights that `read_weights` drops: those of heads of other tasks."""
+    files = [WEIGHTS] if is_file(folder / WEIGHTS) else _shards(folder / INDEX)
+    names: list[str] = []
+    for file in files:
+        with safe_open(folder / file, "pt") as weights:
+            names += weights.keys()
+    return sorted(name for name in names if name.startswith(table_of(config).other_tasks))
 
 
 def _load(file: Path) -> dict[str, Tensor]:
@@ -146,6 +156,7 @@ def write_folder(
     vocab_size: int,
     tokenizer: Tokenizer,
     max_length: int,
+    keeps_end: bool,
     **more: Any,
 ) -> None:
     """Fill an empty folder with what transformers' `from_pretrained` and AutoTokenizer read.
@@ -157,6 +168,7 @@ def write_folder(
         config, vocab_size: the encoder's sizes.
         tokenizer: written as tokenizer.json and its settings.
         max_length: the most tokens of a text, at which AutoTokenizer cuts.
+        keeps_end: it cuts the beginning of a text.
         more: further keys of config.json, such as id2label.
     """
     values = {
@@ -176,6 +188,8 @@ def write_folder(
     file = folder / "tokenizer_config.json"
     settings = json.loads(file.read_text(encoding="utf-8"))
     settings["model_max_length"] = max_length
+    if keeps_end:
+        settings["truncation_side"] = "left"
     if isinstance(config, ModernBertConfig):  # it takes no token types
         settings["model_input_names"] = ["input_ids", "attention_mask"]
     file.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")

@@ -57,12 +57,12 @@ def read_config(file: Path) -> tuple[ModelConfig, int, bool]:
     if not isinstance(kind, str) or kind not in MODELS:
         hint = "" if kind else ', so add "model_type": "bert" if this is one'
         raise InputError(
-            f"{file}: model_type = {kind!r}; only "
+            f"{file}: model_type = {kind!r:.40}; only "
             f"{' and '.join(json.dumps(name) for name in MODELS)} can be loaded{hint}"
         )
     for key, wanted in _FIXED[kind].items():
         if values.get(key, wanted) != wanted:
-            raise InputError(f"{file}: {key} = {values[key]!r}; only {wanted!r} can be loaded")
+            raise InputError(f"{file}: {key} = {values[key]!r:.40}; only {wanted!r} can be loaded")
     if kind == "modernbert":
         values = _with_older_keys(values, file)
     given = {
@@ -83,7 +83,7 @@ def read_config(file: Path) -> tuple[ModelConfig, int, bool]:
         )
     tied = values.get("tie_word_embeddings", True)
     if not isinstance(tied, bool):
-        raise InputError(f"{file}: tie_word_embeddings = {tied!r}; must be true or false")
+        raise InputError(f"{file}: tie_word_embeddings = {tied!r:.40}; must be true or false")
     vocab_size = _number(values.get("vocab_size", _VOCABULARY[kind]), True, f"{file}: vocab_size")
     return config, vocab_size, tied
 
@@ -125,7 +125,8 @@ def _with_older_keys(values: dict[str, Any], file: Path) -> dict[str, Any]:
             )
         if len(kinds) != layers:
             raise InputError(
-                f"{file}: layer_types has {len(kinds)} entries for num_hidden_layers = {layers!r}"
+                f"{file}: layer_types has {len(kinds)} entries for num_hidden_layers = "
+                f"{layers!r:.40}"
             )
         values["global_attn_every_n_layers"] = every
     ropes = _rope_parameters(values.get("rope_parameters"), file)

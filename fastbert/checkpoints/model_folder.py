@@ -26,7 +26,7 @@ from fastbert.checkpoints.weight_table import MLM, NSP
 from fastbert.config import ModelConfig, RunConfig
 from fastbert.data.tokenizer import behaviour, load_tokenizer, lowercases
 from fastbert.errors import InputError, warn
-from fastbert.presence import is_file, is_folder, status
+from fastbert.presence import hub_hint, is_file, is_folder, status
 from fastbert.recipe import parse_config
 
 
@@ -79,6 +79,7 @@ def open_model(path: Path) -> ModelParts:
         raise InputError(
             f"{path}: no such folder; "
             "give a run, a checkpoint of a run, or a Hugging Face folder of a BERT or ModernBERT"
+            + hub_hint(path)
         )
     if not is_folder(path):
         raise InputError(f"{path}: a file; give the folder of a run or a Hugging Face folder")

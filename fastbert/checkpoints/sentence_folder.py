@@ -43,7 +43,7 @@ class VectorSettings:
 
 
 def read_vector_settings(folder: Path, lowercase: bool) -> VectorSettings:
-    """Read modules.json and what it names, without which vectors are means, and truncation_side.
+    """Read modules.json and what it names, without which vectors are means, and the side to cut.
 
     Args:
         folder: a Hugging Face folder.
@@ -53,8 +53,7 @@ def read_vector_settings(folder: Path, lowercase: bool) -> VectorSettings:
         InputError: a file is not what sentence-transformers writes.
     """
     file = folder / MODULES
-    side = _read(folder / "tokenizer_config.json").get("truncation_side")
-    settings = VectorSettings(keeps_end=side == "left")
+    settings = VectorSettings(keeps_end=_keeps_end(folder))
     if not is_file(file):
         return settings
     try:
@@ -123,6 +122,15 @@ def read_max_length(folder: Path, positions: int) -> int:
     ]
     # transformers writes 1e30 where there is no limit.
     return min([positions, *(n for n in limits if type(n) is int and n > 3)])
+
+
+def _keeps_end(folder: Path) -> bool:
+    """Whether a tokenizer cuts the beginning of a text: what tokenizer.json says counts last."""
+    side = _read(folder / "tokenizer_config.json").get("truncation_side")
+    if side is None:
+        truncation = _read(folder / "tokenizer.json").get("truncation")
+        side = truncation.get("direction") if isinstance(truncation, dict) else None
+    return isinstance(side, str) and side.lower() == "left"
 
 
 def _prompt(folder: Path) -> str:

@@ -162,6 +162,7 @@ def from_hugging_face(
         raise InputError(
             f"{source}: {_some(missing)} missing; "
             f"config.json describes a {table.title} of {model.num_hidden_layers} layers"
+            + _wrapper(table, state)
         )
     if given:
         raise InputError(
@@ -191,6 +192,23 @@ def from_hugging_face(
     if not same or DECODER in table.entries:
         result[DECODER] = decoder.float()
     return result
+
+
+def _wrapper(table: Table, state: Mapping[str, Tensor]) -> str:
+    """Say what stands before all names, where a model was saved with what is around it."""
+    (words,) = table.entries["embeddings.word"].theirs
+    if any(table.canonical(name) == words for name in state):
+        return ""
+    for known in (words, words.partition(".")[2]):
+        for name in state:
+            if name.endswith(f".{known}"):
+                prefix = name.removesuffix(known)
+                return (
+                    f"; the names begin with {prefix!r}, as where a model is saved inside another "
+                    "one, such as that of torch.compile or DistributedDataParallel: save the model "
+                    "inside, with transformers' save_pretrained"
+                )
+    return ""
 
 
 def check_finite(weights: Mapping[str, Tensor], source: object) -> None:

@@ -180,8 +180,9 @@ def open_dataset(path: str | Path, verify: bool = True) -> TokenDataset:
             "which measures with --estimate how long it takes"
         )
     if not is_folder(path):
+        below = "" if path.is_absolute() else f" below {Path.cwd()}"
         raise InputError(
-            f"{path}: no such dataset; make one with `fastbert prepare SOURCE --out {path}`"
+            f"{path}: no such dataset{below}; make one with `fastbert prepare SOURCE --out {path}`"
         )
     try:
         data = read_bytes(path / MANIFEST)

@@ -390,6 +390,39 @@ def parquet_batches(
         ) from None
 
 
+def class_names(source: Source, name: str) -> list[str]:
+    """Return the names of the classes whose numbers a column of a Parquet or Arrow file holds.
+
+    Hugging Face's datasets write them beside the schema, where the column is a ClassLabel. The list
+    is empty for every other file.
+    """
+    import pyarrow
+    import pyarrow.parquet
+
+    if source.format not in ("parquet", "arrow"):
+        return []
+    with open_source(source) as file:
+        if source.format == "parquet":
+            schema = pyarrow.parquet.read_schema(file)
+        elif file.peek(8).startswith(b"ARROW1"):
+            schema = pyarrow.ipc.open_file(file).schema
+        else:
+            schema = pyarrow.ipc.open_stream(file).schema
+    if not pyarrow.types.is_integer(field_type(schema, name)):
+        return []
+    try:
+        found = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
+        for field in [name] if name in schema.names else name.split("."):
+            found = found[field]
+        kind, names = found["_type"], found["names"]
+    except (ValueError, LookupError, TypeError, RecursionError):
+        return []
+    if kind != "ClassLabel" or not isinstance(names, list):
+        return []
+    known = {each.strip() for each in names if isinstance(each, str)} - {""}
+    return [each.strip() for each in names] if len(known) == len(names) else []
+
+
 def rows_before(file: BufferedReader, group: int) -> int:
     """Return the number of rows of a Parquet file before a group of rows."""
     import pyarrow.parquet

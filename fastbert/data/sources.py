@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shlex
 import stat
 from collections.abc import Iterator, Sequence
@@ -48,6 +49,7 @@ ARCHIVES = {
 SUFFIX, JSON = "unknown suffix", "may hold settings; --format json reads it"
 WORK = "_ marks files of Spark and Hadoop that are no data; name it to read it"
 # What Dataset.save_to_disk of Hugging Face writes beside its .arrow files.
+_CACHE = re.compile(r"cache-[0-9a-f]{16}(_\d+_of_\d+)?\.arrow")  # of its `map` and `filter`
 _STATE, _INFO = "state.json", ("state.json", "dataset_info.json", "dataset_dict.json")
 
 
@@ -167,7 +169,9 @@ def _remote_sources(url: Url, text_format: str | None, left_out: list[LeftOut]) 
     found = list[Source]()
     for name in names:
         top, _, last = name.rpartition("/")
-        if (data := saved.get(top)) is not None and last.endswith(".arrow") and last not in data:
+        data = saved.get(top)
+        other = data is not None and last.endswith(".arrow") and last not in data
+        if other or _CACHE.fullmatch(last):
             left_out.append(LeftOut(url / name, "a cache of datasets"))
             continue
         if last in _INFO and any(n.endswith(".arrow") for n in names):
@@ -221,7 +225,8 @@ def file_source(
 
 def _mode(path: Path) -> int:
     if (found := status(path)) is None:
-        raise InputError(f"{path}: no such file or folder")
+        hint = "; standard input cannot be read: write it to a file first" * (str(path) == "-")
+        raise InputError(f"{path}: no such file or folder{hint}")
     return found.st_mode
 
 
@@ -248,7 +253,7 @@ def _walk(top: Path) -> Iterator[Path | LeftOut]:
             path = folder / entry.name
             if entry.name.startswith(".") or (data is not None and entry.name in (*data, *_INFO)):
                 continue
-            if data is not None and path.suffix == ".arrow":
+            if _CACHE.fullmatch(entry.name) or (data is not None and path.suffix == ".arrow"):
                 yield LeftOut(path, "a cache of datasets")
                 continue
             if _leads_nowhere(entry):

@@ -9,6 +9,7 @@ they always were.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from fastbert.data.manifest import SpecialIds
 from fastbert.data.token_roles import BERT_TOKENS, TokenRoles, roles_of
 from fastbert.data.tokenizer_class import apply_settings
 from fastbert.errors import InputError
-from fastbert.presence import is_file, is_folder
+from fastbert.presence import hub_hint, is_file, is_folder
 from fastbert.regular_file import read_text
 
 LONGEST_WORD = 100  # characters; WordPiece makes a longer one [UNK]
@@ -128,6 +129,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     except FileNotFoundError:
         raise InputError(
             f"{path}: no such tokenizer; give the folder of a tokenizer, or a vocab.txt"
+            + hub_hint(path)
         ) from None
     except OSError as error:
         raise InputError(f"{file}: cannot be read: {error.strerror}") from None
@@ -292,6 +294,9 @@ def _from_json(text: str, file: Path) -> Tokenizer:
         model = settings["model"]
         kind, limit = model["type"], model.get("max_input_chars_per_word", LONGEST_WORD)
         random, complete = model.get("dropout"), len(model["vocab"]) > 0
+        for part in ("normalizer", "pre_tokenizer", "post_processor", "decoder"):
+            if not isinstance(settings.get(part), dict | None):
+                raise TypeError(f"{part} is no object")
     except InputError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -415,9 +420,8 @@ def _with_extra_special(tokenizer: Tokenizer, special: bool) -> str | None:
 def _unique(pairs: list[tuple[str, Any]], file: Path) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) < len(pairs):
-        double = next(
-            name for i, (name, _) in enumerate(pairs) if name in {other for other, _ in pairs[:i]}
-        )
+        counts = Counter(name for name, _ in pairs)
+        double = next(name for name, count in counts.items() if count > 1)
         raise InputError(f"{file}: {double!r} occurs twice; keep one")
     return values
 

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastbert.checkpoints.hugging_face import new_folder, write_folder
+from fastbert.checkpoints.hugging_face import left_out, new_folder, write_folder
 from fastbert.checkpoints.sentence_folder import write_vector_settings
 from fastbert.checkpoints.weight_names import table_of, to_hugging_face
 from fastbert.checkpoints.weight_table import HEADS, MLM, NSP
@@ -107,11 +107,14 @@ def export(
             an encoder.
 
     Raises:
-        InputError: `out` exists already, or a BERT has no pooler where `encoder` is asked for or
-            there is no MLM head to export.
+        InputError: `out` exists already; or a BERT has no pooler where `encoder` is asked for or
+            there is no MLM head to export; or without `encoder` a folder has a head of another
+            task, such as the classifier of `fastbert finetune`.
         ExportError: transformers does not load the folder cleanly, tokenizes differently, or
             computes other logits. `out` is not created.
     """
+    if not encoder and pretrained.recipe is None:
+        _check_heads(pretrained)
     architecture = _architecture(pretrained, encoder)
     state = {
         name: tensor
@@ -128,6 +131,7 @@ def export(
             pretrained.model.vocab_size,
             pretrained.tokenizer,
             pretrained.max_length,
+            pretrained.vectors.keeps_end,
         )
         vectors = pretrained.vectors
         if vectors.problem is not None:
@@ -152,11 +156,21 @@ def export(
     return Exported(str(out), architecture, logits, hidden, compared)
 
 
+def _check_heads(pretrained: Pretrained) -> None:
+    """Raise InputError for a Hugging Face folder with weights that an export would lose."""
+    if lost := left_out(pretrained.path, pretrained.config):
+        raise InputError(
+            f"{pretrained.path}: the head of a fine-tuned model ({', '.join(lost[:2])}) would be "
+            "lost; the folder is already in the form of transformers, so copy it; or give "
+            "--encoder for the encoder alone"
+        )
+
+
 def _architecture(pretrained: Pretrained, encoder: bool) -> str:
     """Return the class of transformers to export for; a head that was not trained is left out.
 
     BertForMaskedLM is BertForPreTraining without pooler and NSP head, and BertModel has no MLM
-    head: neither a fine-tuned folder nor one of sentence-transformers has it.
+    head: neither the encoder of a fine-tuned folder nor a folder of sentence-transformers has it.
     """
     if not isinstance(pretrained.model, BertForPreTraining):
         alone = encoder or MLM not in pretrained.heads
@@ -386,7 +400,7 @@ def _data(pretrained: Pretrained) -> list[str]:
         said = f"The dataset `{source.path}` (manifest SHA-256 `{digest}`)"
         lines += [""] if lines else []
         if dataset is None:
-            lines.append(f"{said}; it no longer existed when this folder was written.")
+            lines.append(f"{said}; it was not found when this folder was written.")
             continue
         rows = []
         for name in ("train", "heldout"):

@@ -26,13 +26,14 @@ from torch import Tensor, nn
 
 from fastbert.checkpoints.hugging_face import check_new, new_folder, write_folder
 from fastbert.checkpoints.weight_names import table_of, to_hugging_face
+from fastbert.config import ModelConfig
 from fastbert.data.packing import PackedBatch, pack_texts
 from fastbert.errors import Diverged, InputError, warn
 from fastbert.models.build import Model
 from fastbert.progress import Follow, unseen
 from fastbert.tasks import scores
 from fastbert.tasks.labelled import Examples, number, read_examples
-from fastbert.tasks.pretrained import Pretrained, first_tokens, fit_pair
+from fastbert.tasks.pretrained import Pretrained, fit, fit_pair
 from fastbert.torch_defaults import torch_defaults
 
 WARMUP = 0.1  # share of the steps; the learning rate then falls linearly to zero
@@ -63,8 +64,8 @@ class Settings:
     Attributes:
         epochs, lr, batch: passes over the file, highest learning rate, examples per step.
         max_length: tokens per example, including special tokens. A longer example is cut at its
-            end, and a pair at the end of its longer text. By default 128, or what the model was
-            trained on where that is less.
+            end, or where the tokenizer says so at its beginning; of a pair its longer text is. By
+            default 128, or what the model was trained on where that is less.
         seed, seeds: the first seed, and the number of seeds. A seed determines order, dropout and
             the initial head. The split is that of the first seed.
         patience: stop when the score on the held-out part has not improved for this many epochs,
@@ -192,7 +193,8 @@ def finetune(
     Args:
         pretrained: the model.
         train, evaluation: files for `read_examples`, or its results.
-        out: a new folder for a BertForSequenceClassification and confusion.png; None saves nothing.
+        out: a new folder for the model, as `architecture` names it, and confusion.png; None saves
+            nothing.
             Of several seeds the best one on the held-out part is saved, or the first one where
             nothing is held out.
         settings: by default `Settings()`.
@@ -211,7 +213,10 @@ def finetune(
     training, test = (
         x if isinstance(x, Examples) else read_examples(x) for x in (train, evaluation)
     )
-    task = _task(training, test, settings)
+    regression = _is_regression(training, settings)
+    if not regression:
+        training, test = training.named(test), test.named(training)
+    task = _task(training, test, settings, regression)
     _warn_of_one_label(test, task)
     _warn_of_shared(training, test)
     held_out = None
@@ -349,11 +354,14 @@ def _check(settings: Settings, pretrained: Pretrained) -> int:
     return max_length
 
 
-def _task(training: Examples, test: Examples, settings: Settings) -> _Task:
+def _is_regression(training: Examples, settings: Settings) -> bool:
+    if settings.regression is None:
+        return training.columns.label == SCORE_COLUMN
+    return settings.regression
+
+
+def _task(training: Examples, test: Examples, settings: Settings, regression: bool) -> _Task:
     """Determine the task, and check that both files fit it."""
-    regression = settings.regression
-    if regression is None:
-        regression = training.columns.label == SCORE_COLUMN
     known = list(scores.OF_NUMBERS if regression else scores.of_classes(2))
     metric = settings.metric or known[0]
     if metric not in known:
@@ -371,10 +379,11 @@ def _task(training: Examples, test: Examples, settings: Settings) -> _Task:
         for examples in (training, test):
             examples.numbers()  # raises with the lines of labels that are not numbers
         return _Task([], metric)
-    labels = _in_order(set(training.labels))
+    labels = _in_order(training)
     if len(labels) < 2:
         raise InputError(f"{training.file}: every label is {labels[0]!r}; two or more are needed")
     _warn_of_alike(training, labels)
+    _warn_of_contradictions(training)
     if settings.regression is None:
         _warn_of_fractions(training, labels)
     strange = [
@@ -406,6 +415,28 @@ def _warn_of_alike(training: Examples, labels: Sequence[str]) -> None:
             )
 
 
+def _warn_of_contradictions(training: Examples) -> None:
+    """Warn where the same example has several labels, one of which at most can be learned."""
+    first: dict[tuple[str, ...], int] = {}
+    unlike: dict[tuple[str, ...], tuple[int, int]] = {}
+    for row, texts in enumerate(_examples(training)):
+        before = first.setdefault(texts, row)
+        if training.labels[before] != training.labels[row]:
+            unlike.setdefault(texts, (training.lines[before], training.lines[row]))
+    if unlike:
+        (one, two), count = next(iter(unlike.values())), len(unlike)
+        warn(
+            f"{training.file}: {count:,} text{'s have' if count > 1 else ' has'} several labels, "
+            f"as in the {training.unit}s {one:,} and {two:,}; at most one of them can be learned",
+            DataWarning,
+        )
+
+
+def _examples(part: Examples) -> Iterator[tuple[str, ...]]:
+    """Yield the text or the two texts of each example."""
+    return zip(part.first, part.second, strict=True) if part.second else zip(part.first)
+
+
 def _warn_of_fractions(training: Examples, labels: Sequence[str]) -> None:
     """Warn where classes look like measurements: all are numbers, and one is no whole number."""
     values = {label: number(label) for label in labels}
@@ -432,20 +463,23 @@ def _warn_of_one_label(test: Examples, task: _Task) -> None:
 
 def _warn_of_shared(training: Examples, test: Examples) -> None:
     """Warn where examples of the evaluation were trained on."""
-    seen, asked = (
-        list(itertools.zip_longest(part.first, part.second)) for part in (training, test)
-    )
-    known = set(seen)
-    if shared := sum(texts in known for texts in asked):
+    known = set(_examples(training))
+    if shared := sum(texts in known for texts in _examples(test)):
         warn(
-            f"{test.file}: {shared:,} of {len(asked):,} texts are also in {training.file}; "
+            f"{test.file}: {shared:,} of {len(test):,} texts are also in {training.file}; "
             "the scores are better than for new texts",
             DataWarning,
         )
 
 
-def _in_order(labels: set[str]) -> list[str]:
-    """Sort the classes: by number where all are numbers, so that 10 comes after 2, else by text."""
+def _in_order(training: Examples) -> list[str]:
+    """Sort the classes: as the file names them, else by number where all are numbers, else by text.
+
+    By number 10 comes after 2.
+    """
+    labels = set(training.labels)
+    if training.classes:
+        return [label for label in training.classes if label in labels]
     numbers = {label: value for label in labels if (value := number(label)) is not None}
     if len(numbers) < len(labels) or math.inf in map(abs, numbers.values()):
         return sorted(labels)
@@ -504,9 +538,9 @@ class _Encoded:
 
     def __init__(self, pretrained: Pretrained, task: _Task, examples: Examples, max_length: int):
         first, second = (
-            first_tokens(pretrained.tokenizer, texts, max_length)
-            for texts in (examples.first, examples.second)
+            pretrained.token_ids(texts, max_length) for texts in (examples.first, examples.second)
         )
+        end = pretrained.vectors.keeps_end
         room = max_length - (3 if second else 2)
         lengths = [len(a) + len(b) for a, b in itertools.zip_longest(first, second, fillvalue=[])]
         if cut := sum(length > room for length in lengths):
@@ -514,13 +548,14 @@ class _Encoded:
             more = f"; --max-length may be up to {positions}" if max_length < positions else ""
             warn(
                 f"{examples.file}: {cut:,} of {len(lengths):,} examples are longer than "
-                f"--max-length = {max_length} tokens; their end is cut{more}",
+                f"--max-length = {max_length} tokens; their {'beginning' if end else 'end'} is "
+                f"cut{more}",
                 LengthWarning,
             )
         if second:
-            pairs = [fit_pair(a, b, max_length - 3) for a, b in zip(first, second, strict=True)]
+            pairs = [fit_pair(a, b, room, end) for a, b in zip(first, second, strict=True)]
             first, second = [a for a, _ in pairs], [b for _, b in pairs]
-        self.first, self.second = [a[: max_length - 2] for a in first], second
+        self.first, self.second = [fit(a, max_length - 2, end) for a in first], second
         self.targets = task.targets(examples)
         self.special = pretrained.special
         self.device = pretrained.model.embeddings.word.device
@@ -585,6 +620,11 @@ def _depth(name: str, encoder: Model) -> int | None:
     return int(name.split(".")[2]) + 1 if name.startswith("encoder.layers.") else layers + 1
 
 
+def architecture(config: ModelConfig) -> str:
+    """Return the class of transformers that a fine-tuned folder is for."""
+    return f"{table_of(config).prefix}ForSequenceClassification"
+
+
 def _save(
     out: str | Path,
     model: Classifier,
@@ -602,12 +642,13 @@ def _save(
     with new_folder(out) as folder:
         write_folder(
             folder,
-            f"{table_of(pretrained.config).prefix}ForSequenceClassification",
+            architecture(pretrained.config),
             state,
             pretrained.config,
             pretrained.model.vocab_size,
             pretrained.tokenizer,
             max(max_length, pretrained.max_length),
+            pretrained.vectors.keeps_end,
             problem_type="single_label_classification" if task.labels else "regression",
             id2label=dict(enumerate(labels)),
             label2id={label: i for i, label in enumerate(labels)},

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
-from fastbert.data.rows import read_rows, shown
+from fastbert.data.rows import class_names, read_rows, shown
 from fastbert.data.sources import TABLES, file_source
 from fastbert.errors import InputError
 
@@ -49,7 +49,8 @@ class Examples:
     """The rows of a file.
 
     `second` is empty where a row has a single text. `lines` are the numbers of the rows' first
-    lines in the file, from 1; for Parquet those of the rows.
+    lines in the file, from 1; for Parquet and Arrow those of the rows. `classes` are the names of
+    the classes that the file gives; the labels are then their numbers.
     """
 
     file: Path
@@ -58,11 +59,12 @@ class Examples:
     second: list[str] = field(default_factory=list)
     labels: list[str] = field(default_factory=list)
     lines: list[int] = field(default_factory=list)
+    classes: list[str] = field(default_factory=list)
 
     @property
     def unit(self) -> str:
         """What `lines` counts."""
-        return "row" if self.file.suffix.lower() == ".parquet" else "line"
+        return "row" if self.file.suffix.lower() in (".parquet", ".arrow") else "line"
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -73,9 +75,21 @@ class Examples:
             [part[i] for i in rows] if part else []
             for part in (self.first, self.second, self.labels)
         )
-        return Examples(
-            self.file, self.columns, first, second, labels, [self.lines[i] for i in rows]
-        )
+        lines = [self.lines[i] for i in rows]
+        return Examples(self.file, self.columns, first, second, labels, lines, self.classes)
+
+    def named(self, other: Examples) -> Examples:
+        """Return the same with names of classes for labels, where one of two files gives them.
+
+        A file without names has numbers where it was made from the same dataset, such as by
+        `Dataset.to_csv`.
+        """
+        classes = self.classes or other.classes
+        names = {str(number): name for number, name in enumerate(classes)}
+        if not names or not set(self.labels) <= names.keys():
+            return self
+        labels = [names[label] for label in self.labels]
+        return replace(self, labels=labels, classes=classes)
 
     def numbers(self) -> list[float]:
         """Return the labels as numbers.
@@ -128,10 +142,12 @@ def read_examples(
 
     def choose(there: list[str]) -> tuple[str, ...]:
         wanted = Columns(first or "", second or "", label or "")
-        found.append(Examples(file, _columns(file, there, wanted)))
+        columns = _columns(file, there, wanted)
+        found.append(Examples(file, columns, classes=class_names(source, columns.label)))
         return tuple(filter(None, found[0].columns))
 
-    for line, row in read_rows(file_source(file, formats=TABLES), choose):
+    source = file_source(file, formats=TABLES)
+    for line, row in read_rows(source, choose):
         if complaint := row if isinstance(row, str) else _add(found[0], row, line):
             bad.append(f"{found[0].unit if found else 'line'} {line}: {complaint}")
     _raise_if_bad(file, bad)
@@ -178,6 +194,12 @@ def _add(found: Examples, row: dict[str, str], line: int) -> str:
         (name for name, value in zip(names, values, strict=True) if not value.strip()), None
     ):
         return f"{empty} is empty"
+    if found.classes and not 0 <= int(values[-1]) < len(found.classes):
+        what = ", which stands for no label" if values[-1] == "-1" else ""
+        return (
+            f"{names[-1]} is {values[-1]}{what}; the file names the classes 0 to "
+            f"{len(found.classes) - 1}"
+        )
     found.first.append(values[0])
     found.labels.append(values[-1].strip())  # "1 " is no class beside "1"
     found.lines.append(line)

@@ -222,7 +222,7 @@ class Pretrained:
     def next_sentence(self, first: str, second: str) -> float:
         """Return the probability that `second` follows `first`.
 
-        Of a pair that is too long, the end of the longer text is cut, with a warning.
+        Of a pair that is too long, the longer text is cut, with a warning.
 
         Raises:
             InputError: the NSP head was not trained.
@@ -232,29 +232,34 @@ class Pretrained:
         _check_text(first, "first")
         _check_text(second, "second")
         room = self.max_length - 3
-        a, b = first_tokens(self.tokenizer, [first, second], room + 1)
+        a, b = self.token_ids([first, second], room + 1)
         if len(a) + len(b) > room:
-            _warn_cut(1, 1, room)
-            a, b = fit_pair(a, b, room)
+            _warn_cut(1, 1, room, self.vectors.keeps_end)
+            a, b = fit_pair(a, b, room, self.vectors.keeps_end)
         batch = self._batch([a], [b])
         with torch.inference_mode():
             logits = self.model.pair_logits(self._hidden(batch)[-1][:1])
         return float(self._finite(logits.float()).softmax(-1)[0, 0])
 
+    def token_ids(self, texts: list[str], most: int) -> list[list[int]]:
+        """Return the token ids of each text; of a long text at least the `most` to be kept.
+
+        They are at its beginning, or where the tokenizer says so at its end.
+        """
+        if self.vectors.keeps_end:
+            encoded = self.tokenizer.encode_batch(texts, add_special_tokens=False)
+            return [found.ids for found in encoded]
+        return first_tokens(self.tokenizer, texts, most)
+
     def _ids(self, texts: list[str]) -> list[list[int]]:
         """Return the token ids of each text, cut to the model's length."""
         for number, text in enumerate(texts):
             _check_text(text, f"text {number}")
-        if self.vectors.keeps_end:
-            all_of_each = self.tokenizer.encode_batch(texts, add_special_tokens=False)
-            ids = [found.ids for found in all_of_each]
-        else:
-            ids = first_tokens(self.tokenizer, texts, self.max_tokens + 1)
-        cut = sum(len(tokens) > self.max_tokens for tokens in ids)
+        ids = self.token_ids(texts, self.max_tokens + 1)
+        end, cut = self.vectors.keeps_end, sum(len(tokens) > self.max_tokens for tokens in ids)
         if cut:
-            _warn_cut(cut, len(ids), self.max_tokens)
-        end = self.vectors.keeps_end
-        return [one[-self.max_tokens :] if end else one[: self.max_tokens] for one in ids]
+            _warn_cut(cut, len(ids), self.max_tokens, end)
+        return [fit(one, self.max_tokens, end) for one in ids]
 
     def _packs(self, ids: list[list[int]]) -> Iterator[tuple[list[int], PackedBatch]]:
         """Yield packs with the indices of their texts.
@@ -323,13 +328,22 @@ def _start(text: str, size: int) -> str:
     return text if found is None else text[: found.end()]
 
 
-def fit_pair(a: list[int], b: list[int], room: int) -> tuple[list[int], list[int]]:
-    """Cut the end of the longer of two texts until they have at most `room` tokens together.
+def fit(ids: list[int], room: int, keeps_end: bool) -> list[int]:
+    """Cut the end of a text, or with `keeps_end` its beginning, to at most `room` tokens."""
+    return ids[max(0, len(ids) - room) :] if keeps_end else ids[:room]
+
+
+def fit_pair(
+    a: list[int], b: list[int], room: int, keeps_end: bool = False
+) -> tuple[list[int], list[int]]:
+    """Cut the longer of two texts as `fit` until they have at most `room` tokens together.
 
     This is the strategy "longest_first" of transformers.
     """
     keep = max(room - len(b), min(len(a), math.ceil(room / 2)))
-    return (a[:keep], b[: room - keep]) if len(a) + len(b) > room else (a, b)
+    if len(a) + len(b) <= room:
+        return a, b
+    return fit(a, keep, keeps_end), fit(b, room - keep, keeps_end)
 
 
 def _listed(texts: Any) -> list[str]:
@@ -361,9 +375,10 @@ def _check_text(text: object, what: str) -> None:
         raise InputError(f"{what} is {text!r:.60}: holds half a character, which is no text")
 
 
-def _warn_cut(cut: int, texts: int, length: int) -> None:
+def _warn_cut(cut: int, texts: int, length: int, keeps_end: bool) -> None:
     of = f"{cut:,} of {texts:,} texts are" if texts > 1 else "the text is"
     warn(
-        f"{of} longer than the {length} tokens that the model takes; the rest is cut off",
+        f"{of} longer than the {length} tokens that the model takes; the "
+        f"{'beginning' if keeps_end else 'rest'} is cut off",
         TextCutWarning,
     )

@@ -13,12 +13,14 @@ from __future__ import annotations
 import difflib
 import importlib.util
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fastbert.config import RunConfig
 from fastbert.errors import InputError
+from fastbert.nesting import MOST, is_too_deep
 from fastbert.recipe import DEEPSPEED
 from fastbert.regular_file import read_text
 from fastbert.training.ds_keys import (
@@ -209,10 +211,12 @@ def _objection(place: str, value: Any, kind: Kind | None) -> str | None:
 
 def _load(path: str, recipe: str) -> dict[str, Any]:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        keys = [key for key, _ in pairs]
-        if twice := sorted({key for key in keys if keys.count(key) > 1}):
-            raise InputError(f"{path}: key '{twice[0]}' is there twice; remove one")
-        return dict(pairs)
+        values = dict(pairs)
+        if len(values) < len(pairs):
+            counts = Counter(key for key, _ in pairs)
+            twice = min(key for key, count in counts.items() if count > 1)
+            raise InputError(f"{path}: key '{twice}' is there twice; remove one")
+        return values
 
     try:
         values = json.loads(read_text(path), object_pairs_hook=unique)
@@ -225,11 +229,23 @@ def _load(path: str, recipe: str) -> dict[str, Any]:
         raise InputError(
             f"{recipe}: runtime.deepspeed = {path!r}: cannot be read: {error.strerror}"
         ) from None
-    except (ValueError, RecursionError) as error:
+    except InputError:
+        raise
+    except ValueError as error:
         raise InputError(f"{path}: not valid JSON: {error}") from None
+    except RecursionError:
+        raise _too_deep(path) from None
     if not isinstance(values, dict):
         raise InputError(f"{path}: must be a JSON object, such as {{}}")
+    if is_too_deep(values):
+        raise _too_deep(path)
     return values
+
+
+def _too_deep(path: str) -> InputError:
+    return InputError(
+        f"{path}: values are nested in more than {MOST} levels; DeepSpeed's settings have four"
+    )
 
 
 def _precisions(own: dict[str, Any]) -> dict[str, str]:
