@@ -6,7 +6,7 @@ as `repr` and `json.dumps`, raise RecursionError at about a thousand.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 MOST = 32  # levels
@@ -14,9 +14,10 @@ MOST = 32  # levels
 
 def is_too_deep(value: Any) -> bool:
     """Whether tables and lists lie in each other in more than MOST levels, or for ever."""
-    level = [value]
+    level: Collection[Any] = [value]
     for _ in range(MOST + 1):
-        level = [item for value in level for item in _items(value)]
+        # Each object once: a list that holds itself twice would double the level each time.
+        level = {id(item): item for value in level for item in _items(value)}.values()
     return bool(level)
 
 

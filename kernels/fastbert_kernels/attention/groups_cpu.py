@@ -63,12 +63,16 @@ def groups(
     lengths, query_lengths = bounds.diff(), query_bounds.diff()
     order = lengths.argsort(descending=True, stable=True)
     order = order[query_lengths[order] > 0]
-    keys = _Side(bounds[order], lengths[order].tolist(), total)
-    queries = _Side(query_bounds[order], query_lengths[order].tolist(), rows)
+    keys = _Side(bounds[order], _listed(lengths[order]), total)
+    queries = _Side(query_bounds[order], _listed(query_lengths[order]), rows)
     return [
         _group(bins, width, keys, queries, query_indices is not None, dropout)
         for width, bins in arrange(keys.lengths, heads, size, dropout)
     ]
+
+
+def _listed(x: Tensor) -> list[int]:
+    return x.tolist()  # type: ignore[type-arg]
 
 
 class _Side(NamedTuple):
@@ -145,11 +149,10 @@ def _in_bins(rooms: list[int], size: int) -> list[list[int]]:
     with_room: list[list[list[int]]] = [[] for _ in range(size + 1)]
     for number, room in enumerate(rooms):
         left = next((left for left in range(room, size + 1) if with_room[left]), None)
+        own: list[int] = [] if left is None else with_room[left].pop()
         if left is None:
-            own, left = [], max(size, room)
+            left = max(size, room)
             bins.append(own)
-        else:
-            own = with_room[left].pop()
         own.append(number)
         with_room[left - room].append(own)
     return bins
