@@ -10,7 +10,7 @@ each time took half of a step's time with AMX. Other operations have the shapes 
 never used again, and fragment the heap: in fp32, with no products that come again, a run took 2,400
 MB at its end with 1,024 (AMD EPYC). A cache of 512 keeps the former and less of the latter. With
 256, the products of recipes/library.toml in bf16 push each other out: its steps take 0.66 s of CPU
-time in place of 0.39 (Intel Xeon with AMX, steps 40 to 110 in two processes, beside other programs).
+time in place of 0.39 (Intel Xeon with AMX, steps 40 to 110 in two processes, beside others).
 """
 
 import ctypes

@@ -34,7 +34,7 @@ def product(rows):
         torch.ones(rows, 64), torch.ones(64, 64), None, "none", [], ""
     )
 if torch.backends.mkldnn.is_available():
-    for rows in range(100, 800):
+    for rows in range(100, 500):
         product(rows)
     with torch.backends.mkldnn.verbose(torch.backends.mkldnn.VERBOSE_ON_CREATION):
         product(100)
