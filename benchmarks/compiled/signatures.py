@@ -1,6 +1,6 @@
 """Every kernel with the types, constants and alignments that it has in training.
 
-Triton compiles a kernel anew for each of these. They are recorded from calls of the public
+Triton compiles a kernel again for each of these. They are recorded from calls of the public
 functions, whose launches are caught (`no_launch.py`), so that nothing is listed by hand.
 """
 

@@ -13,6 +13,8 @@ from fastbert_kernels._dropout import stream_keys, threshold
 _PER_COLUMN = 0x735A2D97
 _PER_COLUMN_LOW = 0x2D970000
 
+COLUMNS = 16  # of a sequence; a mask may begin at a multiple
+
 
 def keep_mask_cpu(lo: torch.Tensor, hi: torch.Tensor, columns: int, p: float) -> torch.Tensor:
     """As `keep_mask`, from the keys of `stream_keys_cpu`.
@@ -35,6 +37,16 @@ def keep_mask_cpu(lo: torch.Tensor, hi: torch.Tensor, columns: int, p: float) ->
     # Eight columns of low halves alternate with eight of high ones; eight uint8 are one int64.
     woven = torch.stack(keep.view(torch.int64).unbind(), dim=-1)
     return woven.view(torch.uint8).view(*lo.shape, 16 * groups)[..., :columns]
+
+
+def keys_from_column(lo: torch.Tensor, hi: torch.Tensor, first: torch.Tensor) -> torch.Tensor:
+    """Return what takes the place of `hi` for masks that begin at the columns `first`.
+
+    Args:
+        lo, hi: of `stream_keys_cpu`.
+        first: integers of a shape that broadcasts to theirs, multiples of COLUMNS.
+    """
+    return hi + lo * (first // 2).to(torch.int32)  # a word for two columns
 
 
 def stream_keys_cpu(

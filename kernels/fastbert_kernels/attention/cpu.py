@@ -1,4 +1,4 @@
-"""`varlen_attention` on a CPU: batched matrix products of similar length.
+"""`varlen_attention` on a CPU: products of batches of similar length.
 
 `groups_cpu.py` splits a pack into groups. Each product of a group is a single call, and a group has
 so few scores that they stay in the cache between two operations. With G a group, everything below
@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from fastbert_kernels._dropout import keep_scale, row_seeds
-from fastbert_kernels._dropout_cpu import keep_mask_cpu, stream_keys_cpu
+from fastbert_kernels._dropout_cpu import keep_mask_cpu, keys_from_column, stream_keys_cpu
 from fastbert_kernels._function import Function, Gradients, backward_once
 from fastbert_kernels._linear import FEWEST_MULTIPLICATIONS
 from fastbert_kernels._processor import has_bf16_instructions
@@ -119,8 +119,8 @@ class _Attention(Function):
                 )
                 lo, hi = lo[..., 0], hi[..., 0]
                 if group.first_columns is not None:
-                    # 16 columns have 8 words.
-                    hi = hi + lo * (group.first_columns // 2).view(group.bins, -1).repeat(heads, 1)
+                    first = group.first_columns.view(group.bins, -1).repeat(heads, 1)
+                    hi = keys_from_column(lo, hi, first)
                 keep = keep_mask_cpu(lo, hi, kg.shape[1], dropout_p)
             fewest = FEWEST_MULTIPLICATIONS if group.several else _FEWEST_IN_GROUPS
             dtype = factors(scores, vg, fewest)

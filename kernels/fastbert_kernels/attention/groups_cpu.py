@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastbert_kernels._dropout_cpu import COLUMNS
 from fastbert_kernels.attention.products_cpu import SCORES
 
 # The tokens of a bin of several sequences. Operands in bf16 make large products so fast that the
@@ -20,8 +21,6 @@ BIN = 128
 # A group ends where a bin is shorter than this share of its longest one: about seven groups for
 # ordinary text without bins of several sequences.
 _SHRINK = 0.85
-# A dropout mask may begin at every sixteenth column of a sequence (`_dropout.py`).
-_COLUMNS = 16
 ROUND = 16  # bins of several sequences have a multiple of this many queries
 
 
@@ -33,7 +32,7 @@ class Group(NamedTuple):
     query_padding: Tensor  # int64 [any]: which of them are padding
     key_rows: Tensor | slice
     mask: Tensor | None  # [B_G, n_q or 1, n_k], 0 or -inf; None where every key is seen
-    # int32 [B_G * n_q]: in the sequence of each query, the column of the bin's first key; None
+    # int64 [B_G * n_q]: in the sequence of each query, the column of the bin's first key; None
     # where that is 0.
     first_columns: Tensor | None
     bins: int  # B_G
@@ -105,7 +104,7 @@ def _group(
     if hidden.any():
         mask = torch.zeros(hidden.shape).masked_fill_(hidden, float("-inf"))
     if several and dropout:
-        first_columns = -(places % width)[query_of].to(torch.int32)
+        first_columns = -(places % width)[query_of]
     padding = (query_of < 0).nonzero()[:, 0]
     return Group(query_rows, padding, key_rows, mask, first_columns, len(bins), several)
 
@@ -136,7 +135,7 @@ def arrange(
 
 def _room(length: int, dropout: bool) -> int:
     """Return the columns that a sequence of a bin takes."""
-    return -(-length // _COLUMNS) * _COLUMNS if dropout else length
+    return -(-length // COLUMNS) * COLUMNS if dropout else length
 
 
 def _in_bins(rooms: list[int], size: int) -> list[list[int]]:

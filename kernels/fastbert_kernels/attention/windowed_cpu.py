@@ -20,7 +20,12 @@ import torch
 from torch import Tensor
 
 from fastbert_kernels._dropout import keep_scale, row_seeds
-from fastbert_kernels._dropout_cpu import keep_mask_cpu, stream_keys_cpu
+from fastbert_kernels._dropout_cpu import (
+    COLUMNS,
+    keep_mask_cpu,
+    keys_from_column,
+    stream_keys_cpu,
+)
 from fastbert_kernels._function import Function, Gradients, backward_once
 from fastbert_kernels._linear import FEWEST_MULTIPLICATIONS
 from fastbert_kernels.attention.products_cpu import (
@@ -32,7 +37,6 @@ from fastbert_kernels.attention.products_cpu import (
     wide,
 )
 
-_COLUMNS = 16  # of a sequence; a dropout mask begins at a multiple
 _BLOCK = 64  # queries, at least
 
 
@@ -53,12 +57,12 @@ def _layout(cu_seqlens: Tensor, window: int, aligned: bool) -> tuple[_Layout, Te
     """
     starts, lengths = cu_seqlens[:-1].long(), cu_seqlens.diff().long()
     end = int(cu_seqlens[-1])
-    reach = -(-window // _COLUMNS) * _COLUMNS
+    reach = -(-window // COLUMNS) * COLUMNS
     size = max(reach, _BLOCK)
     places, rows = starts, slice(0, end)
     sequence = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
     if aligned:
-        room = -(-lengths // _COLUMNS) * _COLUMNS
+        room = -(-lengths // COLUMNS) * COLUMNS
         places = room.cumsum(0) - room
         rows = torch.arange(end) + (places - starts)[sequence]
     used = int(rows[-1]) + 1 if isinstance(rows, Tensor) else end
@@ -125,8 +129,7 @@ class _Windowed(Function):
                 _spread(x, layout, 0).view(heads, blocks, size)
                 for x in stream_keys_cpu(seeds, dropout_stream, heads)
             )
-            # 16 columns have 8 words.
-            keys = lo, hi + lo * (first_columns // 2).to(torch.int32)
+            keys = lo, keys_from_column(lo, hi, first_columns)
         out = torch.empty_like(q)
         saved: list[Tensor | None] = [q, k, v]
         # As many blocks as have about the scores of a group in `cpu.py`.
